@@ -1,0 +1,50 @@
+"""Low-rank adapters for any weight of any network. Needs torch alone and knows nothing of medicine.
+
+net = graft(net, AdapterSpec("dora_c", rank=8))
+...train...
+save(net, "task.safetensors")
+"""
+
+from segraft.adapters.counting import ParameterRow, ParameterTable, parameter_table
+from segraft.adapters.files import (
+    AdapterHeader,
+    BaseMismatchError,
+    adapter_tensors,
+    fingerprint,
+    load,
+    read_header,
+    save,
+)
+from segraft.adapters.formulas import FORMULAS, Formula
+from segraft.adapters.gradients import DeadFactorsError, require_gradients
+from segraft.adapters.graft import activate, activated, graft, ungraft
+from segraft.adapters.merging import merge, unmerge
+from segraft.adapters.selection import parts_of
+from segraft.adapters.spec import PRESETS, AdapterSpec, Preset
+
+__all__ = [
+    "FORMULAS",
+    "PRESETS",
+    "AdapterHeader",
+    "AdapterSpec",
+    "BaseMismatchError",
+    "DeadFactorsError",
+    "Formula",
+    "ParameterRow",
+    "ParameterTable",
+    "Preset",
+    "activate",
+    "activated",
+    "adapter_tensors",
+    "fingerprint",
+    "graft",
+    "load",
+    "merge",
+    "parameter_table",
+    "parts_of",
+    "read_header",
+    "require_gradients",
+    "save",
+    "ungraft",
+    "unmerge",
+]

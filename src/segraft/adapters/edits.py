@@ -1,0 +1,131 @@
+"""What an adapter does to one tensor of one layer: a module that maps the tensor to its adapted value."""
+
+import torch
+from torch import Tensor, nn
+
+from segraft.adapters.formulas import contraction, initial_factors
+from segraft.adapters.layers import WeightSlot
+
+
+def composing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """At least float32: in bf16 the sum W0 + ΔW would lose a third of a small update."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Edit(nn.Module):
+    """Maps the value of the layer's `tensor` to its adapted value.
+
+    Attributes:
+        tensor: the attribute of the layer that is edited.
+    """
+
+    def __init__(self, tensor: str) -> None:
+        super().__init__()
+        self.tensor = tensor
+
+
+class LowRank(Edit):
+    """`V = W0 + scaling·ΔW(factors)`, and with a magnitude `m · V/‖V‖` per output channel (DoRA).
+
+    The norm is part of the graph, as in equation 8 of the haemorrhage paper. With the factors at their start the
+    result equals W0 bit for bit: ΔW is 0 and m/‖V‖ is a number divided by itself.
+    """
+
+    def __init__(
+        self,
+        slot: WeightSlot,
+        weight: Tensor,
+        *,
+        factorisation: str,
+        rank: int,
+        scaling: float,
+        magnitude: bool,
+        magnitude_dim: int | None,
+        rows: tuple[int, int] | None,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__(slot.weight)
+        self.slot, self.rank, self.scaling, self.rows = slot, rank, scaling, rows
+        self.factorisation, self.magnitude_dim = factorisation, magnitude_dim
+        base = self._block(weight.detach()).to(composing_dtype(weight.dtype))
+        self.contraction = contraction(factorisation, base.ndim - 2)
+        for name, value in zip(
+            self.contraction.names,
+            initial_factors(self.contraction, tuple(base.shape), rank, generator),
+            strict=True,
+        ):
+            self.register_parameter(name, nn.Parameter(value.to(base)))
+        self.m = nn.Parameter(self._norm(base).flatten()) if magnitude else None
+
+    def _block(self, weight: Tensor) -> Tensor:
+        return weight if self.rows is None else weight[self.rows[0] : self.rows[1]]
+
+    def _norm(self, weight: Tensor) -> Tensor:
+        """Per channel, shaped as `by_output_channel`; never zero, so that a channel of zeros stays one."""
+        view = self.slot.by_output_channel(weight, self.magnitude_dim)
+        norm: Tensor = torch.linalg.vector_norm(view, dim=(1, 3), keepdim=True)
+        return norm.clamp_min(torch.finfo(weight.dtype).tiny)
+
+    def factors(self) -> list[Tensor]:
+        """The factors, in the order of the formula."""
+        return [getattr(self, name) for name in self.contraction.names]
+
+    def delta(self) -> Tensor:
+        """scaling·ΔW, shaped as the adapted (block of the) weight."""
+        return self.scaling * self.contraction(self.factors())
+
+    def forward(self, value: Tensor) -> Tensor:
+        """The adapted weight, in at least float32."""
+        dtype = composing_dtype(value.dtype)
+        with torch.autocast(value.device.type, enabled=False):
+            adapted = self._block(value).to(dtype) + self.delta().to(dtype)
+            if self.m is not None:
+                norm = self._norm(adapted)
+                gain = self.m.to(dtype).reshape(norm.shape) / norm
+                view = self.slot.by_output_channel(adapted, self.magnitude_dim)
+                adapted = (gain * view).reshape(adapted.shape)
+            if self.rows is None:
+                return adapted
+            start, stop = self.rows
+            return torch.cat([value[:start].to(dtype), adapted, value[stop:].to(dtype)])
+
+    def extra_repr(self) -> str:
+        """What `print(net)` shows."""
+        rows = "" if self.rows is None else f", rows {self.rows[0]}:{self.rows[1]}"
+        return f"{self.tensor}{rows}, {','.join(self.contraction.factors)}, R={self.rank}"
+
+
+class BiasFactor(Edit):
+    """`b0 + scaling · Σ_R β[R, o]`: the R×o bias factor that Table 3 of the haemorrhage paper counts."""
+
+    def __init__(self, bias: str, value: Tensor, *, rank: int, scaling: float, rows: tuple[int, int] | None) -> None:
+        super().__init__(bias)
+        self.scaling, self.rows = scaling, rows
+        size = value.shape[0] if rows is None else rows[1] - rows[0]
+        self.beta = nn.Parameter(value.new_zeros(rank, size, dtype=composing_dtype(value.dtype)))
+
+    def forward(self, value: Tensor) -> Tensor:
+        """The adapted bias, in at least float32."""
+        shift = self.scaling * self.beta.sum(0)
+        if self.rows is not None:
+            shift = nn.functional.pad(shift, (self.rows[0], value.shape[0] - self.rows[1]))
+        return value.to(composing_dtype(value.dtype)) + shift
+
+
+class Replacement(Edit):
+    """The tensor trained whole: a copy takes the base's place, the base itself is never written to.
+
+    A buffer (running statistics) is replaced by a buffer, so that in-place updates in training mode land in the copy.
+    """
+
+    def __init__(self, tensor: str, value: Tensor) -> None:
+        super().__init__(tensor)
+        copy = value.detach().clone(memory_format=torch.preserve_format)
+        if isinstance(value, nn.Parameter):
+            self.value = nn.Parameter(copy)
+        else:
+            self.register_buffer("value", copy)
+
+    def forward(self, _value: Tensor) -> Tensor:
+        """The copy."""
+        return self.value

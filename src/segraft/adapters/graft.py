@@ -1,0 +1,213 @@
+"""Grafting adapters onto a network, switching between them, and taking them off again."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from segraft.adapters.edits import BiasFactor, Edit, LowRank, Replacement
+from segraft.adapters.grafted import attach, base_tensor, detach, grafts_of, is_grafted
+from segraft.adapters.selection import (
+    SelectedTensor,
+    SelectedWeight,
+    base_parameters,
+    modules_by_name,
+    select_statistics,
+    select_tensors,
+    select_weights,
+)
+from segraft.adapters.spec import AdapterSpec
+from segraft.errors import SegraftError
+
+Net = TypeVar("Net", bound=nn.Module)
+
+
+@dataclass
+class GraftRecord:
+    """What a network knows of its adapters.
+
+    Attributes:
+        specs: of every adapter, by name.
+        active: names of the active adapters, in the order in which they are applied.
+        required_grad: which base parameters were trainable before the first graft froze them.
+    """
+
+    specs: dict[str, AdapterSpec] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    required_grad: dict[str, bool] = field(default_factory=dict)
+
+
+RECORD = "_segraft"
+
+
+def record_of(net: nn.Module) -> GraftRecord:
+    """The network's record.
+
+    Raises:
+        SegraftError: nothing is grafted on it.
+    """
+    record = net.__dict__.get(RECORD)
+    if not isinstance(record, GraftRecord):
+        raise SegraftError(f"this {type(net).__name__} has no adapter: graft one, or load an adapter file, first.")
+    return record
+
+
+def grafted_layers(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every layer with an adapter, active or not, by its first name."""
+    for module, names in modules_by_name(net).items():
+        if is_grafted(module):
+            yield names[0], module
+
+
+def graft(net: Net, spec: AdapterSpec, name: str = "default", *, seed: int = 0) -> Net:
+    """Freeze the network, add an adapter to it and make that the active one; return the same network.
+
+    With the new adapter the network computes exactly what the base computes. The base is never written to: what
+    `spec.train` names is copied, and so are the running statistics of batch norms, which training would change.
+
+    Args:
+        net: any module; it is changed in place.
+        spec: what to graft, and where.
+        name: of the adapter, by which it is switched; without dots.
+        seed: of the initial factors; the same seed gives the same factors on every device.
+
+    Raises:
+        SegraftError: the name is taken, a place matches nothing, a layer cannot be adapted. Nothing has changed then.
+    """
+    if not name or "." in name:
+        raise SegraftError(f"adapter name {name!r}: give a name without dots.")
+    record: GraftRecord = net.__dict__.get(RECORD) or GraftRecord()
+    if name in record.specs:
+        raise SegraftError(f"an adapter named {name!r} is already grafted: choose another name, or ungraft that one.")
+    whole = select_tensors(net, spec.train)
+    weights = select_weights(net, spec, whole)
+    additions = _build(net, spec, weights, whole, seed)
+    if not record.specs:
+        record.required_grad = {full: value.requires_grad for full, _, _, value in base_parameters(net)}
+    for _, _, _, value in base_parameters(net):
+        value.requires_grad_(False)  # noqa: FBT003
+    for layer, edits in additions.items():
+        attach(layer, name, edits)
+    record.specs[name] = spec
+    net.__dict__[RECORD] = record
+    activate(net, name)
+    return net
+
+
+def _build(
+    net: nn.Module,
+    spec: AdapterSpec,
+    weights: Sequence[SelectedWeight],
+    whole: Sequence[SelectedTensor],
+    seed: int,
+) -> dict[nn.Module, dict[str, Edit]]:
+    """The edits of every layer, keyed `tensor` or, for a row block, `tensor_start_stop`."""
+    generator = torch.Generator().manual_seed(seed)
+    additions: dict[nn.Module, dict[str, Edit]] = {}
+    for selected in (*whole, *select_statistics(net)):
+        value = base_tensor(selected.layer, selected.tensor)
+        additions.setdefault(selected.layer, {})[selected.tensor] = Replacement(selected.tensor, value)
+    for chosen in weights:
+        edits = additions.setdefault(chosen.layer, {})
+        weight, bias = base_tensor(chosen.layer, chosen.slot.weight), chosen.slot.bias
+        bias_is_free = bias is not None and bias not in edits
+        for rows in chosen.blocks:
+            suffix = "" if rows is None else f"_{rows[0]}_{rows[1]}"
+            assert spec.factorisation is not None and spec.magnitude is not None  # noqa: S101, PT018
+            edits[chosen.slot.weight + suffix] = LowRank(
+                chosen.slot,
+                weight,
+                factorisation=spec.factorisation,
+                rank=chosen.rank,
+                scaling=spec.scaling(chosen.rank),
+                magnitude=spec.magnitude,
+                magnitude_dim=spec.magnitude_dim,
+                rows=rows,
+                generator=generator,
+            )
+            if bias is not None and bias_is_free and spec.bias == "low_rank":
+                edits[bias + suffix] = BiasFactor(
+                    bias,
+                    base_tensor(chosen.layer, bias),
+                    rank=chosen.rank,
+                    scaling=spec.scaling(chosen.rank),
+                    rows=rows,
+                )
+        if bias is not None and bias_is_free and spec.bias == "train":
+            edits[bias] = Replacement(bias, base_tensor(chosen.layer, bias))
+    return additions
+
+
+def activate(net: nn.Module, names: str | Sequence[str] | None, *, train: str | Sequence[str] | None = None) -> None:
+    """Choose which adapters the network computes with.
+
+    Args:
+        net: a grafted network.
+        names: one adapter; several, stacked in that order; or None, the base alone.
+        train: the adapters whose tensors are trainable; None means all active ones.
+
+    Raises:
+        SegraftError: an unknown name.
+    """
+    record = record_of(net)
+    active = _as_names(names)
+    trainable = active if train is None else _as_names(train)
+    for name in (*active, *trainable):
+        if name not in record.specs:
+            raise SegraftError(f"no adapter is named {name!r}: this network has {', '.join(record.specs)}.")
+    if len(set(active)) < len(active):
+        raise SegraftError(f"an adapter can be active only once: {', '.join(active)}.")
+    record.active = active
+    for _, layer in grafted_layers(net):
+        grafts = grafts_of(layer)
+        grafts.active = active
+        for name, edits in grafts.items():
+            edits.requires_grad_(name in trainable)
+
+
+@contextmanager
+def activated(net: Net, names: str | Sequence[str] | None) -> Iterator[Net]:
+    """`activate` for the length of a `with` block; what was active, and what was trainable, comes back after it."""
+    before = record_of(net).active
+    trainable = {parameter: parameter.requires_grad for parameter in net.parameters()}
+    activate(net, names)
+    try:
+        yield net
+    finally:
+        activate(net, before)
+        for parameter, flag in trainable.items():
+            parameter.requires_grad_(flag)
+
+
+def _as_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    return () if names is None else (names,) if isinstance(names, str) else tuple(names)
+
+
+def ungraft(net: Net, name: str | None = None) -> Net:
+    """Take one adapter off the network, or (`name` None) all: then it is the base again, bit for bit.
+
+    Raises:
+        SegraftError: nothing is grafted, or no adapter has that name.
+    """
+    record = record_of(net)
+    if name is not None and name not in record.specs:
+        raise SegraftError(f"no adapter is named {name!r}: this network has {', '.join(record.specs)}.")
+    gone = tuple(record.specs) if name is None else (name,)
+    for _, layer in list(grafted_layers(net)):
+        detach(layer, gone)
+    for each in gone:
+        del record.specs[each]
+    record.active = tuple(each for each in record.active if each in record.specs)
+    if not record.specs:
+        restore_requires_grad(net, record)
+        del net.__dict__[RECORD]
+    return net
+
+
+def restore_requires_grad(net: nn.Module, record: GraftRecord) -> None:
+    """Give the base parameters the trainability they had before grafting."""
+    for full, _, _, value in base_parameters(net):
+        value.requires_grad_(record.required_grad.get(full, True))

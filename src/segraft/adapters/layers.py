@@ -1,0 +1,85 @@
+"""Which tensors of which layers can be adapted, and where a layer's true output channels are."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from segraft.errors import SegraftError
+
+
+@dataclass(frozen=True)
+class WeightSlot:
+    """One weight of a layer: its attribute name, that of its bias, and how its dimensions are to be read.
+
+    Attributes:
+        weight: attribute of the weight, stored as [o, i/groups, *kernel], transposed as [i, o/groups, *kernel].
+        bias: attribute of its bias, None where the layer has none.
+        transposed: the first stored dimension is the input side.
+        groups: groups of the convolution.
+    """
+
+    weight: str
+    bias: str | None
+    transposed: bool = False
+    groups: int = 1
+
+    def by_output_channel(self, weight: Tensor, dim: int | None) -> Tensor:
+        """View of `weight` as [g, a, c, b], where (g, c) counts the channels that carry a magnitude.
+
+        `dim` None: true output channels. `dim` 0: the first stored dimension, which for transposed convolutions is
+        the input side (as Table 3 of the haemorrhage paper counts).
+        """
+        if self.transposed and dim is None:
+            return weight.reshape(self.groups, weight.shape[0] // self.groups, weight.shape[1], -1)
+        return weight.reshape(1, 1, weight.shape[0], -1)
+
+
+def weight_slots(layer: nn.Module) -> tuple[WeightSlot, ...]:
+    """The adaptable weights of `layer`; empty for a layer that is neither linear, convolution nor attention."""
+    if isinstance(layer, nn.MultiheadAttention):
+        if layer._parameters["in_proj_weight"] is None:
+            return tuple(WeightSlot(name, None) for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"))
+        return (WeightSlot("in_proj_weight", None if layer.in_proj_bias is None else "in_proj_bias"),)
+    if isinstance(layer, nn.Linear):
+        return (WeightSlot("weight", None if layer.bias is None else "bias"),)
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        bias = None if layer.bias is None else "bias"
+        return (WeightSlot("weight", bias, layer.transposed, layer.groups),)
+    return ()
+
+
+def why_not(layer: nn.Module, tensor: str) -> str | None:
+    """Why `tensor` of `layer` cannot be adapted; None when it can."""
+    if parametrize.is_parametrized(layer, tensor) or tensor not in layer._parameters:
+        return f"its {tensor} is computed by a parametrisation (weight or spectral norm): remove that first"
+    value = layer._parameters[tensor]
+    if value is None:
+        return f"it has no {tensor}"
+    if isinstance(value, UninitializedParameter):
+        return "it is lazy and has no shape yet: run one forward pass first"
+    if not value.dtype.is_floating_point:
+        return f"its {tensor} is {value.dtype}, not a floating-point tensor"
+    if value.layout is not torch.strided:
+        return f"its {tensor} is stored as {value.layout}, not as a dense tensor"
+    return None
+
+
+def row_block(text: str, rows: int, where: str) -> tuple[int, int]:
+    """'2/3' -> the second of three equal blocks of `rows`, as (start, stop).
+
+    Raises:
+        SegraftError: not of that form, or the rows do not divide.
+    """
+    left, slash, right = text.partition("/")
+    if not (slash and left.isdigit() and right.isdigit() and 1 <= int(left) <= int(right)):
+        raise SegraftError(
+            f"slice {text!r} of {where}: write 'j/n', the j-th of n equal blocks of rows, such as '2/3'."
+        )
+    block, blocks = int(left), int(right)
+    if rows % blocks:
+        raise SegraftError(f"slice {text!r} of {where}: its {rows} rows do not divide into {blocks} equal blocks.")
+    size = rows // blocks
+    return (block - 1) * size, block * size

@@ -1,0 +1,144 @@
+"""What to graft: `AdapterSpec`, and the papers' methods as presets of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, Self
+
+from segraft.adapters.formulas import FORMULAS
+from segraft.errors import SegraftError
+
+Scale = Literal["alpha/r", "alpha/sqrt(r)"]
+Bias = Literal["frozen", "low_rank", "train"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named point in the space of methods. To add a method, add one entry to `PRESETS`."""
+
+    factorisation: str | None
+    magnitude: bool = False
+    scale: Scale = "alpha/r"
+    formula: str = ""
+    source: str = ""
+
+
+PRESETS: dict[str, Preset] = {
+    "none": Preset(None, formula="W0", source="no factors: only what `train` names is trained"),
+    "lora": Preset("lora", formula="W0 + α/R · B·A", source="Hu et al. 2022"),
+    "rs_lora": Preset("lora", scale="alpha/sqrt(r)", formula="W0 + α/√R · B·A", source="Kalajdzievski 2023"),
+    "dora": Preset("lora", magnitude=True, formula="m · (W0 + α/R · B·A) / ‖W0 + α/R · B·A‖", source="Liu et al. 2024"),
+    "lora_c": Preset("lora_c", formula="W0 + α/R · Σ B[o,h,R]·A[R,i,w]", source="Ding et al. 2024"),
+    "conv_lora": Preset("lora", formula="W0 + α/R · Σ B[o,R]·A[R,i,h,w]", source="Aleem et al. 2024"),
+    "cp_lora": Preset("cp", formula="W0 + α/R · Σ a[o,R]·b[i,R]·c[h,R]·d[w,R]", source="Minoccheri et al. 2025"),
+    "dora_c": Preset("lora_c", magnitude=True, formula="m · V/‖V‖, V as in lora_c", source="Minoccheri et al. 2025"),
+    "conv_dora": Preset(
+        "lora", magnitude=True, formula="m · V/‖V‖, V as in conv_lora", source="Minoccheri et al. 2025"
+    ),
+    "cp_dora": Preset("cp", magnitude=True, formula="m · V/‖V‖, V as in cp_lora", source="Minoccheri et al. 2025"),
+}
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    r"""What to graft onto a network, and where.
+
+    A *place* below is the name of a part of the network (`decoder`), or a regular expression that must match a
+    whole module name (`decoder\..*`).
+
+    Attributes:
+        method: a key of `PRESETS`. It fills `factorisation`, `magnitude` and `scale` where these are None.
+        rank: R ≥ 1. It may exceed the weight's own rank (over-parametrisation).
+        alpha: α; None means 2·R, as LoRA-C proposes and the haemorrhage paper adopts.
+        factorisation: a key of `segraft.adapters.FORMULAS`.
+        magnitude: a trained magnitude per output channel (DoRA).
+        scale: of the update.
+        magnitude_dim: None: true output channels. 0: the first stored dimension (reproduces the paper's Table 3).
+        bias: of the adapted layers: `frozen`; `low_rank`, an R×o factor summed over R; `train`, trained whole.
+        targets: places to adapt; None adapts every linear and convolution layer.
+        exclude: places never adapted.
+        ranks: place -> rank, for layers whose rank differs from `rank`; of several that match the last holds.
+        slices: place -> row blocks 'j/n' of a fused weight, each with factors of its own. The k and v of a fused
+            qkv layer: `{r".*\.qkv": ("2/3", "3/3")}`.
+        train: what is trained whole beside the factors: `[kind:]place`, with kind `bias` or `norm`, the place a part
+            or a regular expression on parameter names (`head`, `bias:.*`, `norm:encoder`, `.*`). The adapter holds a
+            copy of each such tensor; the base is not written to.
+
+    Raises:
+        SegraftError: an unknown method or option, a rank that is no whole number above zero, …
+    """
+
+    method: str = "lora"
+    rank: int = 8
+    alpha: float | None = None
+    factorisation: str | None = None
+    magnitude: bool | None = None
+    scale: Scale | None = None
+    magnitude_dim: Literal[0] | None = None
+    bias: Bias = "frozen"
+    targets: str | Sequence[str] | None = None
+    exclude: str | Sequence[str] = ()
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    slices: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    train: str | Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        preset = PRESETS.get(self.method)
+        if preset is None:
+            raise SegraftError(f"unknown method {self.method!r}: choose one of {', '.join(PRESETS)}.")
+        settle = object.__setattr__  # the fields are frozen for everybody else
+        for name in ("factorisation", "magnitude", "scale"):
+            if getattr(self, name) is None:
+                settle(self, name, getattr(preset, name))
+        for name in ("targets", "exclude", "train"):
+            value = getattr(self, name)
+            if value is not None:
+                settle(self, name, (value,) if isinstance(value, str) else tuple(value))
+        settle(self, "ranks", dict(self.ranks))
+        settle(
+            self,
+            "slices",
+            {place: (s,) if isinstance(s, str) else tuple(s) for place, s in self.slices.items()},
+        )
+        self._check()
+
+    def _check(self) -> None:
+        if self.factorisation is not None and self.factorisation not in FORMULAS:
+            raise SegraftError(f"unknown factorisation {self.factorisation!r}: choose one of {', '.join(FORMULAS)}.")
+        if self.scale not in ("alpha/r", "alpha/sqrt(r)"):
+            raise SegraftError(f"unknown scale {self.scale!r}: choose 'alpha/r' or 'alpha/sqrt(r)'.")
+        if self.bias not in ("frozen", "low_rank", "train"):
+            raise SegraftError(f"unknown bias setting {self.bias!r}: choose 'frozen', 'low_rank' or 'train'.")
+        if self.magnitude_dim not in (None, 0):
+            raise SegraftError(f"magnitude_dim {self.magnitude_dim!r}: it is None (true output channels) or 0.")
+        if self.alpha is not None and not self.alpha > 0:
+            raise SegraftError(f"alpha is {self.alpha!r}: it must be above zero.")
+        for where, rank in {"": self.rank, **self.ranks}.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                place = f" for {where!r}" if where else ""
+                raise SegraftError(f"rank{place} is {rank!r}: it must be a whole number of at least 1.")
+        if self.factorisation is None and (self.targets or self.ranks or self.slices):
+            raise SegraftError("method 'none' has no factors, so targets, ranks and slices have no meaning with it.")
+
+    def scaling(self, rank: int) -> float:
+        """The factor in front of ΔW at `rank`: α/R, or α/√R where `scale` says so."""
+        alpha = 2.0 * rank if self.alpha is None else float(self.alpha)
+        return float(alpha / (rank if self.scale == "alpha/r" else rank**0.5))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values; `from_dict` takes them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The spec that `to_dict` described.
+
+        Raises:
+            SegraftError: a field that this version does not know.
+        """
+        unknown = set(values) - {known.name for known in fields(cls)}
+        if unknown:
+            raise SegraftError(
+                f"the adapter's spec has fields this version does not know ({', '.join(sorted(unknown))}): "
+                "update segraft."
+            )
+        return cls(**values)
