@@ -1,0 +1,136 @@
+"""NIfTI files in and out: read whole and checked, written on the grid of another."""
+
+import gzip
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+
+from segraft.atomic import replacing
+from segraft.errors import SegraftError
+
+SUFFIXES = (".nii", ".nii.gz")
+_GRID_TOLERANCE = 1e-3  # per entry of the affine (mm, mm per voxel): room for float32 headers
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+def load_nifti(path: str | Path, *, what: str = "image") -> nib.Nifti1Image:
+    """Read a 3D NIfTI file whole; trailing axes of size 1 are dropped.
+
+    Args:
+        path: a `.nii` or `.nii.gz` file (NIfTI-1 or NIfTI-2).
+        what: what the file is, for messages.
+
+    Returns:
+        The image with its data [X, Y, Z] in memory, in the file's own type (scaled if the header says so).
+
+    Raises:
+        SegraftError: the file is missing, damaged, cut short, not NIfTI, not 3D, or its affine is singular.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+        if raw.startswith(_GZIP_MAGIC):
+            raw = gzip.decompress(raw)  # to the last byte, so a cut or damaged file shows here
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise SegraftError(f"the {what} {path} is damaged or cut short ({error}): copy it again.") from error
+    except OSError as error:
+        raise SegraftError(f"the {what} {path} cannot be read ({error.strerror}): correct the path.") from error
+    kind = nib.Nifti2Image if nib.Nifti2Header.may_contain_header(raw[:540]) else nib.Nifti1Image
+    if not kind.header_class.may_contain_header(raw[:540]):
+        raise SegraftError(f"the {what} {path} is not a NIfTI file: convert it to .nii.gz.")
+    try:
+        with np.errstate(invalid="ignore"):  # an infinite voxel size shows in the affine below
+            image = kind.from_bytes(raw)
+            data = np.asanyarray(image.dataobj)
+    except (ImageFileError, HeaderDataError) as error:
+        raise SegraftError(f"the {what} {path} is not a NIfTI file ({error}): convert it to .nii.gz.") from error
+    except (OSError, ValueError, OverflowError, MemoryError) as error:  # fewer bytes than the header promises
+        raise SegraftError(f"the {what} {path} is damaged or cut short ({error}): copy it again.") from error
+    data = _three_axes(data, path, what)
+    affine = np.asarray(image.affine)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < np.finfo(np.float32).tiny:
+        raise SegraftError(f"the {what} {path} has a singular affine: correct its voxel sizes and orientation.")
+    return kind(data, affine, image.header)
+
+
+def same_grid(a: nib.Nifti1Image, b: nib.Nifti1Image) -> bool:
+    """Whether two images have the same shape, and affines equal within 0.001 (mm, or mm per voxel)."""
+    return bool(a.shape == b.shape and np.allclose(a.affine, b.affine, rtol=0, atol=_GRID_TOLERANCE))
+
+
+def write_mask(mask: NDArray[Any], like: nib.Nifti1Image, path: str | Path) -> None:
+    """Write a mask on the grid of `like`: same affine, qform and sform codes, voxel sizes and units.
+
+    The type is uint8, or uint16 where a value exceeds 255. Header extensions of `like` are left behind: they
+    may hold the patient's data.
+
+    Args:
+        mask: [X, Y, Z] label values, whole numbers in 0…65535.
+        like: the scan that the mask belongs to.
+        path: a `.nii` or `.nii.gz` file.
+
+    Raises:
+        SegraftError: another file ending, another shape than `like`, values that a mask cannot hold, or a path
+            that cannot be written.
+    """
+    path = Path(path)
+    if not path.name.endswith(SUFFIXES):
+        raise SegraftError(f"{path} cannot be a mask file: let its name end in .nii or .nii.gz.")
+    if mask.shape != like.shape:
+        raise SegraftError(f"the mask for {path} has shape {mask.shape}, its scan {like.shape}: they must agree.")
+    largest = np.iinfo(np.uint16).max
+    if mask.size and (mask.min() < 0 or mask.max() > largest or not np.array_equal(mask, np.rint(mask))):
+        raise SegraftError(f"the mask for {path} holds values other than whole numbers in 0…{largest}: round it.")
+    dtype = np.uint16 if mask.size and mask.max() > np.iinfo(np.uint8).max else np.uint8
+    header = like.header.copy()
+    header.set_data_dtype(dtype)
+    header["cal_min"] = header["cal_max"] = 0  # a display range meant for the scan
+    header.extensions.clear()
+    image = type(like)(mask.astype(dtype), like.affine, header)
+    with replacing(path) as aside:
+        nib.save(image, aside)
+
+
+def list_scans(paths: Sequence[str | Path]) -> list[Path]:
+    """Files as given; folders replaced by their `.nii` and `.nii.gz` files, sorted, hidden ones left out.
+
+    Raises:
+        SegraftError: a path that does not exist, or a folder without scans.
+    """
+    scans: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = sorted(
+                file
+                for file in path.iterdir()
+                if file.name.endswith(SUFFIXES) and not file.name.startswith(".") and file.is_file()
+            )
+            if not found:
+                raise SegraftError(f"the folder {path} holds no .nii or .nii.gz files: give one that does.")
+            scans += found
+        elif path.is_file():
+            scans.append(path)
+        else:
+            raise SegraftError(f"{path} does not exist: give a scan or a folder of scans.")
+    return scans
+
+
+def _three_axes(data: NDArray[Any], path: Path, what: str) -> NDArray[Any]:
+    shape = data.shape
+    while data.ndim > 3 and data.shape[-1] == 1:
+        data = data[..., 0]
+    if data.ndim != 3:
+        cure = "split it into one file per volume" if data.ndim > 3 else "store it as a volume"
+        raise SegraftError(f"the {what} {path} has shape {shape} where three axes are expected: {cure}.")
+    if 0 in data.shape:
+        raise SegraftError(f"the {what} {path} has shape {shape}, no voxels at all: export it again.")
+    if data.dtype.names is not None or np.iscomplexobj(data):
+        raise SegraftError(f"the {what} {path} holds {data.dtype} voxels: export one number per voxel.")
+    return data

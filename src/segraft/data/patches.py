@@ -1,0 +1,193 @@
+"""Random patches of prepared cases: what a network sees in training."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data.utils import affine_to_spacing
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, Sampler
+
+from segraft.data.augmentation import Augmentation, cut
+from segraft.data.cohort import Case
+from segraft.data.preparation import Preparation, prepare_positions
+from segraft.errors import SegraftError
+
+
+class PatchSource(Dataset[dict[str, Any]]):
+    """Patches of cases that were prepared once and are kept in memory (5 bytes per voxel).
+
+    An item is asked for by (epoch, index) and depends on nothing but (seed, epoch, index): resuming at an epoch,
+    and any number of loader workers, give the same patches. Volumes smaller than a patch are padded with 0.
+
+    Of an item's patches a share `foreground_fraction` (rounded up or down at random, right on average) is
+    centred on a voxel of one of the asked labels, each label present in the case being equally likely whatever
+    its size; the others are centred on a voxel with none. Patches are moved as little as keeps them inside the
+    volume. A case without foreground gives background alone.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        preparation: Preparation,
+        labels: Sequence[int],
+        *,
+        seed: int,
+        patches_per_volume: int = 2,
+        foreground_fraction: float = 0.5,
+        augment: bool = True,
+        flip_axes: Sequence[int] | None = None,
+    ) -> None:
+        """Prepare every case.
+
+        Args:
+            cases: cases with labels.
+            preparation: how; also the patch size.
+            labels: label values, one plane each, in this order.
+            seed: of everything random, not negative.
+            patches_per_volume: N, patches per item.
+            foreground_fraction: share of patches centred on foreground, 0…1.
+            augment: whether to vary patches (see `Augmentation`).
+            flip_axes: axes of the prepared volume along which patches may be mirrored. None: left-right alone,
+                the body's one near symmetry. Empty where a label has a side ("left kidney").
+
+        Raises:
+            SegraftError: no cases, numbers out of range, or a case that cannot be prepared.
+        """
+        if not cases or not labels:
+            raise SegraftError("there are no cases or no labels to train on: give at least one of each.")
+        if patches_per_volume < 1 or not 0 <= foreground_fraction <= 1 or seed < 0:
+            raise SegraftError(
+                f"patches per volume ({patches_per_volume}) must be positive, the foreground fraction "
+                f"({foreground_fraction}) in 0…1 and the seed ({seed}) not negative: correct them."
+            )
+        self.patch = preparation.patch
+        self.labels = tuple(labels)
+        self._seed = seed
+        self._patches = patches_per_volume
+        self._fraction = foreground_fraction
+        if flip_axes is None:
+            flip_axes = [axis for axis, code in enumerate(preparation.orientation) if code in "LR"]
+        self._augmentation = Augmentation(tuple(flip_axes)) if augment else None
+        self._volumes = [_volume(case, preparation, self.labels) for case in cases]
+
+    def __len__(self) -> int:
+        return len(self._volumes)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        """N patches of volume `index` in epoch `epoch`.
+
+        Returns:
+            "image": [N, 1, *patch] float32; "label": [N, L, *patch] float32, planes of 0 and 1; "case": its id.
+        """
+        epoch, index = key
+        rng = np.random.default_rng([self._seed, epoch, index])
+        volume = self._volumes[index]
+        foreground = int(self._patches * self._fraction + rng.random())
+        image = np.empty((self._patches, 1, *self.patch), dtype=np.float32)
+        label = np.empty((self._patches, len(self.labels), *self.patch), dtype=np.float32)
+        numbers = np.arange(1, len(self.labels) + 1, dtype=np.uint8)[:, None, None, None]
+        for place in range(self._patches):
+            centre = volume.centre(rng, foreground=place < foreground)
+            self._fill(image[place, 0], label[place], volume, centre, numbers, rng)
+        return {"image": torch.from_numpy(image), "label": torch.from_numpy(label), "case": volume.case}
+
+    def _fill(
+        self,
+        image: NDArray[np.float32],
+        label: NDArray[np.float32],
+        volume: "_Volume",
+        centre: NDArray[np.int_],
+        numbers: NDArray[np.uint8],
+        rng: np.random.Generator,
+    ) -> None:
+        patch = np.array(self.patch)
+        start = np.clip(centre - patch // 2, 0, np.array(volume.image.shape) - patch)
+        vary = self._augmentation
+        turn = vary.turn(self.patch, volume.spacing, rng) if vary else None
+        flip = vary.flip(rng) if vary else (slice(None),) * 3
+        image[:] = cut(volume.image, start, self.patch, turn, order=1)[flip]
+        np.equal(cut(volume.positions, start, self.patch, turn, order=0)[flip], numbers, out=label, casting="unsafe")
+        if vary:
+            vary.recolour(image, rng)
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Keys (epoch, index) for `PatchSource`, every index once, in an order shuffled from (seed, epoch)."""
+
+    def __init__(self, size: int, *, seed: int) -> None:
+        self._size = size
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration yields (Lightning calls this)."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.random.default_rng([self._seed, self._epoch]).permutation(self._size)
+        return ((self._epoch, int(index)) for index in order)
+
+
+def collate(batch: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Join B items of a `PatchSource`.
+
+    Returns:
+        "image": [B·N, 1, *patch]; "label": [B·N, L, *patch]; "case": B ids.
+    """
+    return {
+        "image": torch.cat([item["image"] for item in batch]),
+        "label": torch.cat([item["label"] for item in batch]),
+        "case": [item["case"] for item in batch],
+    }
+
+
+@dataclass(frozen=True)
+class _Volume:
+    """A prepared case, at least as large as a patch, with its foreground indexed once.
+
+    `voxels` holds the flat indices of each label that is present; `gaps[i]` counts the background voxels before
+    the i-th foreground voxel, so that the n-th background voxel is found without listing them all.
+    """
+
+    case: str
+    image: NDArray[np.float32]
+    positions: NDArray[np.uint8]
+    spacing: NDArray[np.float64]
+    voxels: tuple[NDArray[np.int_], ...]
+    gaps: NDArray[np.int_]
+
+    def centre(self, rng: np.random.Generator, *, foreground: bool) -> NDArray[np.int_]:
+        """A random voxel [3] of one of the labels, or of none; the other kind where there is no such voxel."""
+        background = self.positions.size - self.gaps.size
+        if self.voxels and (foreground or not background):
+            label = self.voxels[rng.integers(len(self.voxels))]
+            flat = int(label[rng.integers(label.size)])
+        else:
+            nth = int(rng.integers(background))
+            flat = nth + int(np.searchsorted(self.gaps, nth, side="right"))
+        return np.array(np.unravel_index(flat, self.positions.shape))
+
+
+def _volume(case: Case, preparation: Preparation, labels: tuple[int, ...]) -> _Volume:
+    prepared, moved = prepare_positions(case, preparation, labels)
+    missing = [max(0, size - have) for size, have in zip(preparation.patch, moved.shape, strict=True)]
+    margins = [(gap // 2, gap - gap // 2) for gap in missing]
+    image = np.ascontiguousarray(np.pad(prepared.as_tensor().numpy()[0], margins))
+    positions = np.ascontiguousarray(np.pad(moved.numpy(), margins))
+    foreground = np.flatnonzero(positions)
+    which = positions.ravel()[foreground]
+    voxels = (foreground[which == number] for number in range(1, len(labels) + 1))
+    return _Volume(
+        case=case.id,
+        image=image,
+        positions=positions,
+        spacing=np.asarray(affine_to_spacing(prepared.affine.numpy()), dtype=np.float64),
+        voxels=tuple(label for label in voxels if label.size),
+        gaps=foreground - np.arange(foreground.size),
+    )

@@ -1,0 +1,172 @@
+"""Adapting a base to a new task from a few labelled scans."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from segraft import adapters
+from segraft.adapters import AdapterSpec, ParameterTable, parameter_table
+from segraft.data.checks import check_cases
+from segraft.data.cohort import Cohort
+from segraft.data.patches import PatchSource
+from segraft.data.preparation import Preparation
+from segraft.errors import SegraftError
+from segraft.jobs.cases import choose
+from segraft.jobs.model import ADAPTER_FILE, build_from, task_record
+from segraft.jobs.run_folder import RunFolder, versions
+from segraft.networks import load_base, load_weights
+from segraft.networks.bases import FILE_NAME
+from segraft.training.fit import Fit, check_device, fit
+from segraft.training.settings import TrainingSettings
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """Result of `adapt`."""
+
+    path: Path
+    labels: dict[int, str]
+    cases: tuple[str, ...]
+    parameters: ParameterTable
+    bytes: int
+    training: Fit
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """Where a base comes from: a base file of ours, or a network with weights from elsewhere.
+
+    Attributes:
+        base: folder or file of `segraft pretrain`; or a network (name or `package.module:Class`) with `weights`.
+        weights: of such a network, `.safetensors` or a checkpoint of tensors.
+        arguments: keyword arguments of such a network.
+    """
+
+    base: str | Path
+    weights: str | Path | None = None
+    arguments: Mapping[str, Any] | None = None
+
+    def load(self, labels: int) -> tuple[nn.Module, dict[str, Any], Preparation | None, Mapping[str, str]]:
+        """The network, its description, the preparation it was trained with, and the images that trained it.
+
+        Args:
+            labels: how many the new task has.
+
+        Raises:
+            SegraftError: it does not exist, does not fit, or has another number of outputs.
+        """
+        if self.weights is None:
+            net, info = load_base(self.base)
+            described = {"network": info.network, "arguments": info.arguments, "path": str(info.path)}
+            preparation = Preparation(**info.record["preparation"])
+            outputs = len(info.record["labels"])
+            if outputs != labels:
+                names = ", ".join(info.record["labels"].values())
+                raise SegraftError(
+                    f"the base {info.path} has {outputs} outputs ({names}), but {labels} labels were asked for: ask "
+                    f"for {outputs} with --labels."
+                )
+            return net, described, preparation, info.record.get("cases", {})
+        arguments = {"in_channels": 1, "out_channels": labels, **(self.arguments or {})}
+        net = build_from(str(self.base), arguments)
+        load_weights(net, self.weights)
+        described = {"network": str(self.base), "arguments": arguments, "path": str(self.weights)}
+        return net.eval(), described, None, {}
+
+
+def adapt(
+    base: BaseSource | str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    spec: AdapterSpec | None = None,
+    labels: Sequence[str] = (),
+    shots: int | None = None,
+    preparation: Preparation | None = None,
+    settings: TrainingSettings | None = None,
+    patient_pattern: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Adapted:
+    """Graft an adapter onto a base, train it on a few cases and write `out/adapter.safetensors`.
+
+    Args:
+        base: the base.
+        data: `dataset.json`, or its folder.
+        out: folder to write to.
+        spec: what to graft; None means `AdapterSpec("dora_c")`.
+        labels: numbers or names; none means all of the cohort.
+        shots: patients to draw, of those that did not train the base where there are enough; None means all.
+        preparation: of the scans; None means the base's own.
+        settings: of the training.
+        patient_pattern: regular expression whose first group, searched in a case's id, is the patient.
+        resume: go on after the last finished epoch, exactly.
+        overwrite: replace an adapter that is there.
+        console: for progress; None is silent.
+
+    Raises:
+        SegraftError: bad input of any kind; nothing is written then.
+    """
+    settings, spec = settings or TrainingSettings(), spec or AdapterSpec("dora_c")
+    source = base if isinstance(base, BaseSource) else BaseSource(base)
+    check_device(settings.device)
+    folder = RunFolder(Path(out), ADAPTER_FILE, resume=resume, overwrite=overwrite)
+    cohort = Cohort.read(data, patient_pattern=patient_pattern)
+    asked = cohort.select_labels(labels)
+    net, described, base_preparation, pretrained_on = source.load(len(asked))
+    preparation = preparation or base_preparation or Preparation()
+    adapters.graft(net, spec, seed=settings.seed)
+    chosen = choose(cohort, shots, seed=settings.seed, never={}, avoid=pretrained_on, purpose="to adapt to")
+    check_cases(chosen.cases, cohort, asked)
+    patches = PatchSource(
+        chosen.cases,
+        preparation,
+        list(asked),
+        seed=settings.seed,
+        patches_per_volume=settings.patches,
+        foreground_fraction=settings.foreground,
+        augment=settings.augment,
+    )
+    task = task_record(asked, preparation) | {"dataset": cohort.name}
+    task["cases"] = {case.id: case.digest() for case in chosen.cases}
+    base_record = described | {"fingerprint": adapters.fingerprint(net)}
+    base_record["path"] = _relative(Path(described["path"]), folder.path)
+    folder.open({"base": base_record, "spec": spec.to_dict(), "settings": settings.model_dump(mode="json"), **task})
+    training = fit(
+        net, patches, settings, checkpoint=folder.checkpoint, resume=resume, title="adapting", console=console
+    )
+    counted = parameter_table(net)
+    record = task | {
+        "base": base_record,
+        "settings": settings.model_dump(mode="json"),
+        "training": asdict(training),
+        "trainable_parameters": counted.trainable,
+        "versions": versions(),
+    }
+    adapters.save(net, folder.result, record=record)
+    folder.close()
+    return Adapted(
+        folder.result,
+        asked,
+        tuple(case.id for case in chosen.cases),
+        counted,
+        folder.result.stat().st_size,
+        training,
+        chosen.notes,
+    )
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """`path` as seen from `folder`, so that both can be moved together; absolute where they share no root."""
+    path = path / FILE_NAME if path.is_dir() else path
+    try:
+        return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+    except ValueError:  # other drive
+        return path.resolve().as_posix()

@@ -1,0 +1,172 @@
+"""A network ready to segment, from an adapter file or a base file."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from torch import nn
+
+from segraft import adapters
+from segraft.adapters import AdapterHeader, read_header
+from segraft.data.preparation import Preparation, prepare_image, to_input_grid
+from segraft.errors import SegraftError
+from segraft.inference import label_map, sliding_probability
+from segraft.networks import Base, build, load_base, load_weights, read_base
+from segraft.networks.bases import FILE_NAME
+
+ADAPTER_FILE = "adapter.safetensors"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A plain network with what it needs to segment a scan.
+
+    Attributes:
+        net: in evaluation mode, adapters merged.
+        labels: value -> name, in the order of the network's outputs.
+        preparation: of the scans.
+        adapted_on: images (id -> digest) that trained the adapter.
+        pretrained_on: images that trained the base.
+        source: the file it came from.
+    """
+
+    net: nn.Module
+    labels: dict[int, str]
+    preparation: Preparation
+    adapted_on: Mapping[str, str]
+    pretrained_on: Mapping[str, str]
+    source: Path
+
+    def segment(
+        self, scan: Path, *, device: str = "cpu", precision: str = "32"
+    ) -> tuple[NDArray[np.int64], nib.Nifti1Image]:
+        """The label map of a scan, on the scan's own grid, and the scan.
+
+        Raises:
+            SegraftError: the scan is not usable, or the network's output on it is not finite.
+        """
+        from segraft.data.nifti import load_nifti
+
+        image = prepare_image(scan, self.preparation)
+        original = load_nifti(scan)
+        where = resolve_device(device)
+        probability = sliding_probability(
+            self.net.to(where),
+            image.as_tensor(),
+            self.preparation.patch,
+            device=where,
+            precision=precision,
+        )
+        on_grid = to_input_grid(probability, image.affine, original)
+        return label_map(on_grid, tuple(self.labels)).numpy(), original
+
+
+def resolve_device(device: str) -> str:
+    """`auto` becomes the accelerator that is there, else the CPU.
+
+    Raises:
+        SegraftError: the device asked for is not there.
+    """
+    import torch
+
+    from segraft.training.fit import check_device
+
+    if device != "auto":
+        return check_device(device)
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def load_model(path: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None) -> Model:
+    """Read an adapter file with its base, or a base alone.
+
+    Args:
+        path: an adapter file, the folder that `adapt` wrote, a base file, or the folder that `pretrain` wrote.
+        base: where the base is, if it is no longer where it was when the adapter was trained.
+
+    Raises:
+        SegraftError: a file is missing or is something else; the adapter belongs to another base.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path /= ADAPTER_FILE if (path / ADAPTER_FILE).is_file() else FILE_NAME
+    if path.name == FILE_NAME:
+        net, info = load_base(path)
+        record = info.record
+        return _model(net, path, record, adapted_on={}, pretrained_on=record.get("cases", {}))
+    header = read_header(path)
+    net, pretrained_on = load_base_of(header, base)
+    adapters.load(net, path)
+    adapters.merge(net, reversible=False)
+    return _model(net, path, header.record, adapted_on=header.record.get("cases", {}), pretrained_on=pretrained_on)
+
+
+def load_base_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> tuple[nn.Module, Mapping[str, str]]:
+    """The base that an adapter was trained on, and the images that trained the base.
+
+    Raises:
+        SegraftError: the adapter file does not say what it is, or the base is not found.
+    """
+    described = header.record.get("base")
+    if not isinstance(described, dict) or not {"network", "arguments", "path"} <= set(described):
+        raise SegraftError(
+            f"{header.path} does not name its base network: it was saved from Python without a record, so load it "
+            "there with segraft.load."
+        )
+    where = Path(base) if base is not None else (header.path.parent / described["path"])
+    if where.is_dir():
+        where /= FILE_NAME
+    if not where.is_file():
+        raise SegraftError(f"the base of {header.path} is not at {where}: say where it is with --base.")
+    if where.name == FILE_NAME:
+        net, info = load_base(where)
+        return net, info.record.get("cases", {})
+    net = build_from(described["network"], described["arguments"])
+    load_weights(net, where)
+    return net.eval(), {}
+
+
+def build_from(network: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """`build` with the channels among the arguments."""
+    rest = dict(arguments)
+    channels = {name: rest.pop(name) for name in ("in_channels", "out_channels")}
+    return build(network, **channels, arguments=rest)
+
+
+def describe(path: Path) -> AdapterHeader | Base:
+    """What a file of Segraft says about itself."""
+    if path.is_dir():
+        path /= ADAPTER_FILE if (path / ADAPTER_FILE).is_file() else FILE_NAME
+    return read_base(path) if path.name == FILE_NAME else read_header(path)
+
+
+def task_record(labels: Mapping[int, str], preparation: Preparation) -> dict[str, Any]:
+    """The part of a file's record that says what the network segments, and on what images."""
+    return {
+        "labels": {str(value): name for value, name in labels.items()},
+        "preparation": preparation.model_dump(mode="json"),
+    }
+
+
+def _model(
+    net: nn.Module,
+    path: Path,
+    record: Mapping[str, Any],
+    *,
+    adapted_on: Mapping[str, str],
+    pretrained_on: Mapping[str, str],
+) -> Model:
+    try:
+        labels = {int(value): str(name) for value, name in record["labels"].items()}
+        preparation = Preparation(**record["preparation"])
+    except (KeyError, TypeError, AttributeError, ValidationError) as error:
+        raise SegraftError(
+            f"{path} does not say what its network segments or how its scans were prepared: it was not written by "
+            "`segraft pretrain` or `segraft adapt`."
+        ) from error
+    return Model(net.eval(), labels, preparation, adapted_on, pretrained_on, path)

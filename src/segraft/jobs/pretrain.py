@@ -1,0 +1,116 @@
+"""Pre-training a base, supervised."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from segraft.adapters import parameter_table
+from segraft.data.checks import check_cases
+from segraft.data.cohort import Cohort
+from segraft.data.patches import PatchSource
+from segraft.data.preparation import Preparation
+from segraft.jobs.cases import choose
+from segraft.jobs.model import build_from, task_record
+from segraft.jobs.run_folder import RunFolder, versions
+from segraft.networks import load_weights, save_base
+from segraft.networks.bases import FILE_NAME
+from segraft.training.fit import Fit, check_device, fit
+from segraft.training.settings import TrainingSettings
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Result of `pretrain`."""
+
+    path: Path
+    fingerprint: str
+    labels: dict[int, str]
+    cases: tuple[str, ...]
+    parameters: int
+    training: Fit
+    notes: tuple[str, ...]
+
+
+def pretrain(
+    data: str | Path,
+    out: str | Path,
+    *,
+    network: str = "unet3d",
+    network_arguments: Mapping[str, Any] | None = None,
+    weights: str | Path | None = None,
+    labels: Sequence[str] = (),
+    cases: int | None = None,
+    preparation: Preparation | None = None,
+    settings: TrainingSettings | None = None,
+    patient_pattern: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Pretrained:
+    """Train all weights of a network on a cohort and write `out/base.safetensors`.
+
+    Args:
+        data: `dataset.json`, or its folder.
+        out: folder to write to.
+        network: a key of `segraft.networks.NETWORKS`, or `package.module:Class`.
+        network_arguments: further keyword arguments of the network.
+        weights: to start from; None starts from random weights.
+        labels: numbers or names; none means all of the cohort.
+        cases: patients to draw; None means all.
+        preparation: of the scans.
+        settings: of the training.
+        patient_pattern: regular expression whose first group, searched in a case's id, is the patient.
+        resume: go on after the last finished epoch, exactly.
+        overwrite: replace a base that is there.
+        console: for progress; None is silent.
+
+    Raises:
+        SegraftError: bad input of any kind; nothing is written then.
+    """
+    preparation, settings = preparation or Preparation(), settings or TrainingSettings()
+    check_device(settings.device)
+    folder = RunFolder(Path(out), FILE_NAME, resume=resume, overwrite=overwrite)
+    cohort = Cohort.read(data, patient_pattern=patient_pattern)
+    asked = cohort.select_labels(labels)
+    arguments = {"in_channels": 1, "out_channels": len(asked), **(network_arguments or {})}
+    torch.manual_seed(settings.seed)
+    net = build_from(network, arguments)
+    if weights is not None:
+        load_weights(net, weights)
+    chosen = choose(cohort, cases, seed=settings.seed, never={}, avoid={}, purpose="to pre-train on")
+    check_cases(chosen.cases, cohort, asked)
+    source = PatchSource(
+        chosen.cases,
+        preparation,
+        list(asked),
+        seed=settings.seed,
+        patches_per_volume=settings.patches,
+        foreground_fraction=settings.foreground,
+        augment=settings.augment,
+    )
+    task = task_record(asked, preparation) | {"dataset": cohort.name}
+    task["cases"] = {case.id: case.digest() for case in chosen.cases}
+    folder.open({"network": network, "arguments": arguments, "settings": settings.model_dump(mode="json"), **task})
+    training = fit(
+        net, source, settings, checkpoint=folder.checkpoint, resume=resume, title="pre-training", console=console
+    )
+    record = task | {
+        "settings": settings.model_dump(mode="json"),
+        "training": asdict(training),
+        "versions": versions(),
+    }
+    base = save_base(net, folder.path, network=network, arguments=arguments, record=record)
+    folder.close()
+    return Pretrained(
+        base.path,
+        base.fingerprint,
+        asked,
+        tuple(case.id for case in chosen.cases),
+        parameter_table(net).total,
+        training,
+        chosen.notes,
+    )

@@ -1,0 +1,181 @@
+"""Base files: the pre-trained network that adapters are grafted onto.
+
+A base is one safetensors file whose header says how to build the network and how its images were prepared. Weights
+from elsewhere (`.safetensors`, or a PyTorch checkpoint of tensors) are loaded strictly; pickled code is not executed.
+"""
+
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segraft._version import __version__
+from segraft.adapters import fingerprint
+from segraft.atomic import replacing
+from segraft.errors import SegraftError
+from segraft.networks.registry import build
+
+FILE_NAME = "base.safetensors"
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a base file says about itself.
+
+    Attributes:
+        path: of the file.
+        network: name or dotted path, for `build`.
+        arguments: for `build`, with the channels.
+        fingerprint: of the weights.
+        record: whatever was saved with it: labels, preparation, training.
+    """
+
+    path: Path
+    network: str
+    arguments: dict[str, Any]
+    fingerprint: str
+    record: dict[str, Any]
+
+
+def save_base(
+    net: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    network: str,
+    arguments: Mapping[str, Any],
+    record: Mapping[str, Any] | None = None,
+) -> Base:
+    """Write `base.safetensors` into `folder`.
+
+    Args:
+        net: a plain network (nothing grafted on it).
+        folder: made where it does not exist.
+        network: name or dotted path.
+        arguments: all keyword arguments that `build` needs to make the network again, with `in_channels` and
+            `out_channels`.
+        record: JSON values to keep with it.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(folder) / FILE_NAME
+    base = Base(path, network, dict(arguments), fingerprint(net), dict(record or {}))
+    header = {
+        "version": __version__,
+        "network": network,
+        "arguments": base.arguments,
+        "fingerprint": base.fingerprint,
+        "record": base.record,
+    }
+    # Copies, as tensors that share memory (aliased modules) cannot be written.
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in net.state_dict().items()}
+    with replacing(path) as aside:
+        save_file(tensors, aside, metadata={"segraft_base": json.dumps(header, allow_nan=False)})
+    return base
+
+
+def read_base(path: str | os.PathLike[str]) -> Base:
+    """What a base file (or the folder that holds it) says about itself.
+
+    Raises:
+        SegraftError: it does not exist, is not readable, or is no base file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if path.is_dir():
+        path = path / FILE_NAME
+    if not path.is_file():
+        raise SegraftError(f"{path} does not exist: give the folder that `segraft pretrain` wrote, or its {FILE_NAME}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["segraft_base"])
+        return Base(path, header["network"], header["arguments"], header["fingerprint"], header["record"])
+    except (SafetensorError, OSError) as error:
+        raise SegraftError(f"{path} is not a readable safetensors file ({error}): is it complete?") from error
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise SegraftError(
+            f"{path} is no base file: its header does not hold what `segraft pretrain` writes."
+        ) from error
+
+
+def load_base(path: str | os.PathLike[str]) -> tuple[nn.Module, Base]:
+    """Build the network of a base file and load its weights.
+
+    Raises:
+        SegraftError: as `read_base`; the network cannot be built; the weights do not fit, or are not those whose
+            fingerprint the file shows.
+    """
+    base = read_base(path)
+    arguments = dict(base.arguments)
+    channels = {name: arguments.pop(name) for name in ("in_channels", "out_channels")}
+    net = build(base.network, **channels, arguments=arguments)
+    load_weights(net, base.path)
+    found = fingerprint(net)
+    if found != base.fingerprint:
+        raise SegraftError(
+            f"{base.path} says its weights have fingerprint {base.fingerprint[:16]}, they have {found[:16]}: "
+            "the file was changed after it was written."
+        )
+    return net, base
+
+
+def load_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load a state dict into `net`, all of it.
+
+    Args:
+        net: the network, changed in place.
+        path: `.safetensors`, or a PyTorch checkpoint: a state dict, or a dictionary that holds one under
+            `state_dict`, `model` or `network_weights`. A prefix that all keys share (`module.`, `net.`) is taken off.
+
+    Raises:
+        SegraftError: missing, unreadable, a pickle with more than tensors in it, or keys and shapes that do not fit.
+    """
+    tensors = _read_tensors(Path(path))
+    for prefix in ("module.", "net.", "model.", "_orig_mod."):
+        if tensors and all(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    wanted = net.state_dict()
+    missing, unexpected = set(wanted) - set(tensors), set(tensors) - set(wanted)
+    reshaped = {key for key in set(wanted) & set(tensors) if wanted[key].shape != tensors[key].shape}
+    problems = [
+        f"{len(keys)} tensors {what}, such as {min(keys)}"
+        for what, keys in (("are missing", missing), ("are unexpected", unexpected), ("have another shape", reshaped))
+        if keys
+    ]
+    if problems:
+        raise SegraftError(f"the weights in {path} do not fit {type(net).__name__}: {'; '.join(problems)}.")
+    net.load_state_dict(tensors)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise SegraftError(f"{path} does not exist: give a file of weights (.safetensors, .pt, .pth).")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise SegraftError(f"{path} is not a readable safetensors file ({error}): is it complete?") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise SegraftError(
+            f"{path} holds pickled objects besides tensors, which could run code, so it is not loaded: "
+            "save its state_dict alone (or as .safetensors) where you trust it."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise SegraftError(f"{path} is not a readable PyTorch checkpoint: is it complete?") from error
+    for key in ("state_dict", "model", "network_weights"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise SegraftError(f"{path} holds no state dict: save the network's state_dict() alone.")
+    return content

@@ -1,0 +1,111 @@
+"""Networks by name, and any other by its dotted path."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from segraft.errors import SegraftError
+from segraft.networks.unet import UNet
+
+
+@dataclass(frozen=True)
+class NetworkEntry:
+    """A network by name: what builds it, and the arguments that make it what its name says."""
+
+    factory: Callable[..., nn.Module]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+NETWORKS: dict[str, NetworkEntry] = {
+    "unet": NetworkEntry(UNet),
+    "unet3d": NetworkEntry(UNet, {"spatial_dims": 3, "widths": (32, 64, 128, 256), "norm": "instance"}),
+}
+"""To add a network, add one entry. Parts of third-party networks are in `FOREIGN_PARTS`."""
+
+FOREIGN_PARTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "monai.networks.nets.segresnet.SegResNet": {
+        "encoder": ("convInit", "down_layers"),
+        "decoder": ("up_layers", "up_samples"),
+        "head": ("conv_final",),
+    },
+    "monai.networks.nets.basic_unet.BasicUNet": {
+        "encoder": ("conv_0", "down_1", "down_2", "down_3", "down_4"),
+        "decoder": ("upcat_4", "upcat_3", "upcat_2", "upcat_1"),
+        "head": ("final_conv",),
+    },
+    "monai.networks.nets.swin_unetr.SwinUNETR": {
+        "encoder": ("swinViT",),
+        "decoder": (
+            "encoder1",
+            "encoder2",
+            "encoder3",
+            "encoder4",
+            "encoder10",
+            "decoder5",
+            "decoder4",
+            "decoder3",
+            "decoder2",
+            "decoder1",
+        ),
+        "head": ("out",),
+    },
+    "monai.networks.nets.unetr.UNETR": {
+        "encoder": ("vit",),
+        "decoder": ("encoder1", "encoder2", "encoder3", "encoder4", "decoder5", "decoder4", "decoder3", "decoder2"),
+        "head": ("out",),
+    },
+}
+"""Named parts of networks that do not name their own: class -> {part: module-name prefixes}."""
+
+
+def build(
+    network: str, *, in_channels: int, out_channels: int, arguments: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """Build a network.
+
+    Args:
+        network: a key of `NETWORKS`, or `package.module:Class` of any importable `nn.Module`.
+        in_channels: channels of the image; passed where the constructor takes it.
+        out_channels: labels; likewise.
+        arguments: further keyword arguments; they win over both.
+
+    Raises:
+        SegraftError: an unknown name, a path that does not import, arguments that the constructor refuses.
+    """
+    entry = NETWORKS.get(network) or NetworkEntry(_by_path(network))
+    accepted = inspect.signature(entry.factory).parameters
+    channels = {"in_channels": in_channels, "out_channels": out_channels}
+    merged = {
+        **{name: value for name, value in channels.items() if name in accepted},
+        **entry.arguments,
+        **(arguments or {}),
+    }
+    try:
+        net = entry.factory(**merged)
+    except SegraftError:
+        raise
+    except Exception as error:
+        raise SegraftError(f"network {network!r} refused its arguments {merged}: {error}.") from error
+    if not isinstance(net, nn.Module):
+        raise SegraftError(f"{network!r} is no torch.nn.Module but a {type(net).__name__}.")
+    path = f"{type(net).__module__}.{type(net).__qualname__}"
+    if path in FOREIGN_PARTS and not hasattr(net, "parts"):
+        net.__dict__["parts"] = FOREIGN_PARTS[path]
+    return net
+
+
+def _by_path(network: str) -> Callable[..., nn.Module]:
+    module, colon, name = network.partition(":")
+    if not colon:
+        raise SegraftError(
+            f"unknown network {network!r}: choose {', '.join(NETWORKS)}, or give 'package.module:Class'."
+        )
+    try:
+        factory: Callable[..., nn.Module] = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise SegraftError(f"network {network!r} cannot be imported ({error}): is its package installed?") from error
+    return factory

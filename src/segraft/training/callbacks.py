@@ -1,0 +1,117 @@
+"""What happens around the steps: history, convergence, checkpoints, progress."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from segraft.atomic import replacing
+
+
+def has_converged(losses: Sequence[float], *, window: int = 20, tolerance: float = 0.01) -> bool:
+    """The validation-free stop of ARENA.
+
+    Whether over the last `window` epochs the training loss improved by no more than `tolerance` of (the size of) its
+    value at their start.
+    """
+    if len(losses) < window:
+        return False
+    start = losses[-window]
+    return start - losses[-1] <= tolerance * abs(start)
+
+
+class History(Callback):
+    """Mean training loss of every epoch; seeds the global generator per epoch; stops on convergence.
+
+    Its state travels in the checkpoint, and nothing random depends on what happened before an epoch, so that a
+    resumed training continues exactly.
+    """
+
+    def __init__(self, *, seed: int, stop_when_converged: bool) -> None:
+        self.losses: list[float] = []
+        self.seed, self.stop_when_converged = seed, stop_when_converged
+        self.converged = False
+        self._sum, self._steps = torch.zeros(()), 0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Dropout and the like depend on seed and epoch alone."""
+        torch.manual_seed(self.seed * 1_000_003 + trainer.current_epoch)
+        self._sum, self._steps = torch.zeros((), device=pl_module.device), 0
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: LightningModule,  # noqa: ARG002
+        outputs: Any,
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Add up, without waiting for the device."""
+        self._sum += outputs["loss"].detach()
+        self._steps += 1
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Write the epoch down and stop if nothing is gained any more."""
+        self.losses.append(float(self._sum) / max(1, self._steps))
+        if self.stop_when_converged and has_converged(self.losses):
+            self.converged = trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"losses": list(self.losses), "converged": self.converged}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        self.losses, self.converged = list(state_dict["losses"]), bool(state_dict["converged"])
+
+
+class EpochCheckpoint(Checkpoint):
+    """The whole training state after every epoch, written aside and moved, so that a kill leaves the last good one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Write it."""
+        with replacing(self.path) as aside:
+            trainer.save_checkpoint(aside)
+
+
+class ProgressBar(Callback):
+    """One bar over all steps, on standard error, so that standard output stays for results."""
+
+    def __init__(self, title: str, console: Console) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self.title, self.task = title, TaskID(0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Show it."""
+        total = int(trainer.estimated_stepping_batches)
+        self.progress.start()
+        self.task = self.progress.add_task(self.title, total=total, completed=trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:  # noqa: ARG002
+        """Advance it."""
+        self.progress.update(self.task, completed=trainer.global_step)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Show the epoch's loss."""
+        history = next(each for each in trainer.callbacks if isinstance(each, History))  # type: ignore[attr-defined]
+        if history.losses:
+            self.progress.update(self.task, description=f"{self.title} · loss {history.losses[-1]:.3f}")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Take it away, also after an error."""
+        self.progress.stop()

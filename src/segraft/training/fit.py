@@ -1,0 +1,112 @@
+"""Running a training to its end, on Lightning."""
+
+import logging
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from rich.console import Console
+from torch import nn
+from torch.utils.data import DataLoader
+
+from segraft.data.patches import EpochSampler, PatchSource, collate
+from segraft.errors import SegraftError
+from segraft.training.callbacks import EpochCheckpoint, History, ProgressBar
+from segraft.training.module import SegmentationTask
+from segraft.training.settings import TrainingSettings
+
+PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a training went.
+
+    Attributes:
+        losses: mean training loss of every epoch.
+        converged: it stopped early by the convergence rule.
+        seconds: wall time of this run (a resumed run counts its own part).
+        device: what it ran on.
+    """
+
+    losses: tuple[float, ...]
+    converged: bool
+    seconds: float
+    device: str
+
+
+def fit(
+    net: nn.Module,
+    source: PatchSource,
+    settings: TrainingSettings,
+    *,
+    checkpoint: Path,
+    resume: bool = False,
+    title: str = "training",
+    console: Console | None = None,
+) -> Fit:
+    """Train what of `net` requires a gradient on patches of `source`.
+
+    Args:
+        net: the network, changed in place.
+        source: prepared cases.
+        settings: of the training.
+        checkpoint: file that holds the state after the last full epoch.
+        resume: go on from that file, exactly; it must exist.
+        title: of the progress bar.
+        console: where the progress bar is drawn; None draws none.
+
+    Raises:
+        SegraftError: no checkpoint to resume from; the device is not there; see also `SegmentationTask`.
+    """
+    if resume and not checkpoint.is_file():
+        raise SegraftError(f"{checkpoint} does not exist, so there is nothing to resume: start without --resume.")
+    loader = DataLoader(
+        source,
+        batch_size=settings.volumes,
+        sampler=EpochSampler(len(source), seed=settings.seed),
+        collate_fn=collate,
+        drop_last=False,
+    )
+    task = SegmentationTask(net, settings, settings.epochs * len(loader))
+    history = History(seed=settings.seed, stop_when_converged=settings.stop_when_converged)
+    bar = [] if console is None else [ProgressBar(title, console)]
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    started = time.perf_counter()
+    with warnings.catch_warnings():
+        # The patches come from memory: workers would only copy it.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        trainer = Trainer(
+            accelerator=check_device(settings.device),
+            devices=1,
+            precision=PRECISIONS[settings.precision],
+            max_epochs=settings.epochs,
+            callbacks=[history, *bar, EpochCheckpoint(checkpoint)],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            deterministic="warn" if torch.cuda.is_available() else False,
+        )
+        trainer.fit(task, loader, ckpt_path=checkpoint if resume else None, weights_only=True if resume else None)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    seconds = time.perf_counter() - started
+    device = str(trainer.strategy.root_device)
+    net.to("cpu").eval()
+    return Fit(tuple(history.losses), history.converged, seconds, device)
+
+
+def check_device(device: str) -> str:
+    """`device` itself, once it is known to be there.
+
+    Raises:
+        SegraftError: it is not.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(device, True):
+        raise SegraftError(f"device {device!r} is not available on this machine: use --device cpu or auto.")
+    return device

@@ -1,0 +1,96 @@
+"""One optimisation step of a segmentation network, for Lightning's loop."""
+
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from segraft.adapters import require_gradients
+from segraft.errors import SegraftError
+from segraft.training.losses import LOSSES
+from segraft.training.settings import TrainingSettings
+
+
+class NonFiniteLossError(SegraftError):
+    """The loss became NaN or infinite."""
+
+
+class SegmentationTask(LightningModule):
+    """Trains whatever of `net` requires a gradient.
+
+    Args:
+        net: maps [B, 1, X, Y(, Z)] to logits [B, L, X, Y(, Z)]. With patches of size 1 in Z it is given [B, 1, X, Y].
+        settings: of the training.
+        steps: optimiser steps of the whole training, for the schedule.
+
+    Raises:
+        SegraftError: nothing is trainable; (while training) the output's shape is not the label's, a trainable
+            tensor receives no gradient, the loss is not finite.
+    """
+
+    def __init__(self, net: nn.Module, settings: TrainingSettings, steps: int) -> None:
+        super().__init__()
+        self.net, self.settings, self.steps = net, settings, steps
+        self.loss = LOSSES[settings.loss]()
+        self.trained = {name for name, value in net.named_parameters() if value.requires_grad}
+        if not self.trained:
+            raise SegraftError("nothing would be trained: choose an adapter method, or parts to train whole.")
+        # A checkpoint leaves out the frozen base; `on_load_checkpoint` holds the rest to be complete.
+        self.strict_loading = False
+        self.checked = False
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:  # noqa: ARG002
+        """Loss of one batch of patches."""
+        image, mask = batch["image"], batch["label"]
+        if image.shape[-1] == 1:
+            image, mask = image.squeeze(-1), mask.squeeze(-1)
+        logits = self.net(image)
+        if not isinstance(logits, Tensor) or logits.shape != mask.shape:
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise SegraftError(
+                f"{type(self.net).__name__} gives {shape} for patches whose labels are {tuple(mask.shape)}: "
+                "it must return one logit per label on the grid of its input."
+            )
+        loss: Tensor = self.loss(logits.float(), mask.to(torch.float32))
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the loss is {loss.item()} at step {self.global_step} on cases {', '.join(batch['case'])}: lower the "
+                "learning rate, use precision 32, or look at these scans."
+            )
+        return loss
+
+    def on_after_backward(self) -> None:
+        """After the first backward pass every trainable tensor must have a gradient."""
+        if not self.checked:
+            require_gradients(self.net)
+            self.checked = True
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over what is trainable, with the schedule stepping once per step."""
+        parameters = [value for value in self.net.parameters() if value.requires_grad]
+        rate, steps = self.settings.learning_rate, self.steps
+        optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=self.settings.weight_decay)
+        if self.settings.schedule == "constant":
+            return optimiser
+        schedule: torch.optim.lr_scheduler.LRScheduler
+        if self.settings.schedule == "cosine":
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+        else:
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _kept(self) -> set[str]:
+        """Keys of what training changes: the trained tensors and all buffers."""
+        buffers = {name for name, _ in self.net.named_buffers()}
+        return {f"net.{name}" for name in self.net.state_dict() if name in self.trained | buffers}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the frozen base out."""
+        kept = self._kept()
+        checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in kept}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another network or adapter."""
+        if set(checkpoint["state_dict"]) != self._kept():
+            raise SegraftError("the checkpoint belongs to another network or adapter: start without --resume.")

@@ -1,0 +1,69 @@
+"""How a training runs: values that a user sets, checked in one place."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from segraft.errors import SegraftError
+from segraft.training.losses import LOSSES
+
+Precision = Literal["32", "bf16", "16"]
+
+
+class TrainingSettings(BaseModel):
+    """Settings of one training.
+
+    Attributes:
+        epochs: passes over the cases.
+        learning_rate: the highest one.
+        schedule: `cosine` falls to zero over all epochs; `onecycle` rises to the learning rate and falls again;
+            `constant`.
+        weight_decay: of AdamW.
+        loss: a key of `LOSSES`.
+        volumes: scans per step; each gives `patches` patches.
+        patches: patches per scan and step.
+        foreground: share of the patches that are centred on a label.
+        augment: random flips, small rotations and contrast changes.
+        stop_when_converged: the validation-free stop of ARENA: when the training loss improved by no more than 1 % of
+            its value over 20 epochs.
+        seed: of the case order, patches, augmentation and initial factors.
+        device: `auto`, `cpu`, `cuda`, `mps`.
+        precision: `32`, or mixed `bf16` or `16`; weights are composed in float32 always.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int = Field(default=100, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    schedule: Literal["cosine", "onecycle", "constant"] = "cosine"
+    weight_decay: float = Field(default=0.0, ge=0)
+    loss: str = "dice_ce"
+    volumes: int = Field(default=2, ge=1)
+    patches: int = Field(default=2, ge=1)
+    foreground: float = Field(default=0.5, ge=0, le=1)
+    augment: bool = True
+    stop_when_converged: bool = False
+    seed: int = Field(default=0, ge=0)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Precision = "32"
+
+    @field_validator("loss")
+    @classmethod
+    def _known(cls, loss: str) -> str:
+        if loss not in LOSSES:
+            raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}")
+        return loss
+
+
+def check_settings(**values: object) -> TrainingSettings:
+    """`TrainingSettings` of these values.
+
+    Raises:
+        SegraftError: one sentence on the first value that does not fit.
+    """
+    try:
+        return TrainingSettings(**values)  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise SegraftError(f"training setting {name} = {first['input']!r}: {first['msg']}.") from error
