@@ -108,7 +108,7 @@ def _traumatic(
     fluid = anatomy.spaces(patient, template, np.maximum(np.minimum(depth, -inside), 0), rng)
     image = painting.contents(template, fluid, depth, edge)
     painting.blend(image, -inside, rng.uniform(60, 70) + 2 * anatomy.waves(rng, points, 20.0), edge)
-    painting.shade(image, patient, points, depth, edge)
+    painting.shade(image, patient, patient.template(points), depth, edge)
     return image, mask
 
 
@@ -131,7 +131,7 @@ def _subarachnoid(
     image = painting.contents(template, fluid, depth, edge)
     rim = np.maximum(fluid.clefts, -inside / 2)
     painting.blend(image, rim, rng.uniform(60, 70) + 4 * anatomy.waves(rng, points, 20.0), edge)
-    painting.shade(image, patient, points, depth, edge)
+    painting.shade(image, patient, patient.template(points), depth, edge)
     return image, mask
 
 
@@ -152,7 +152,7 @@ def _check(task: str, stratum: int, shape: tuple[int, int, int], spacing: Triple
     if not 0 <= stratum < len(STRATA_ML):
         raise SegraftError(f"A phantom head has no volume stratum {stratum}: choose 0 to {len(STRATA_ML) - 1}.")
     extent = tuple(n * s for n, s in zip(shape, spacing, strict=True))
-    if min(spacing) <= 0 or any(e < least for e, least in zip(extent, FIELD_OF_VIEW_MM, strict=True)):
+    if not min(spacing) > 0 or any(not e >= least for e, least in zip(extent, FIELD_OF_VIEW_MM, strict=True)):
         raise SegraftError(
             f"A phantom scan of {shape} voxels of {spacing} mm is too small for a head: "
             f"let shape times spacing be at least {FIELD_OF_VIEW_MM} mm."

@@ -1,7 +1,7 @@
 """Where blood lies in a synthetic head: under the skull (traumatic) or in the fluid of the clefts (subarachnoid).
 
-Each kind gives every place a score, and the blood takes the wanted number of voxels with the lowest scores. So
-the volume is exact, and a larger bleeding contains the smaller one of the same seed.
+Each kind gives every place a score, and the blood takes the wanted number of voxels with the lowest scores, so
+its volume is exact.
 """
 
 from typing import NamedTuple
@@ -61,15 +61,19 @@ def lens(points: Floats, depth: Floats, rng: np.random.Generator) -> Floats:
 def crescent(points: Floats, depth: Floats, millilitres: float, rng: np.random.Generator) -> Floats:
     """Score of a subdural collection: the thickness in mm at which the crescent would reach each place.
 
-    It covers an oval of the convexity of one side, wider for more `millilitres`, and does not cross the falx.
+    It covers an oval of the convexity of one side, wider for more `millilitres`, and does not cross the falx. The
+    oval is measured in angles (degrees), so that it ends below the vertex, where a thin sheet would lie between
+    two slices.
     """
-    size = float(np.clip((millilitres / 60) ** (1 / 3), 0.5, 1.2))
-    length, height = rng.uniform(60, 72) * size, rng.uniform(40, 48) * size
+    size = float(np.clip((millilitres / 60) ** (1 / 3), 0.5, 1.25))
+    length, height = rng.uniform(66, 76) * size, rng.uniform(44, 50) * size
     side = rng.choice((-1.0, 1.0))
-    front, up = rng.uniform(-12, 15), rng.uniform(5, 22)
-    spread = ((points[1] - front) / length) ** 2 + ((points[2] - up) / height) ** 2
-    profile = np.sqrt(np.clip(1 - spread, 0, None))
-    there = (profile > 0.05) & (side * points[0] > 3)
+    front, up = rng.uniform(-10, 12), min(rng.uniform(2, 16), 66 - height)
+    beside = side * points[0]
+    turn = np.degrees(np.arctan2(points[1], beside))
+    lift = np.degrees(np.arctan2(points[2], np.hypot(points[0], points[1])))
+    profile = np.clip(1 - ((turn - front) / length) ** 2 - ((lift - up) / height) ** 2, 0, None) ** 0.4
+    there = (profile > 0.05) & (beside > 3)
     return np.where(there, depth / np.maximum(profile, np.float32(0.05)), NOWHERE)
 
 

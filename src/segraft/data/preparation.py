@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import CropForeground, EnsureChannelFirst, Orientation, ScaleIntensityRange, Spacing
+from monai.transforms import CropForeground, Orientation, ScaleIntensityRange, Spacing
 from monai.transforms.utils_pytorch_numpy_unification import percentile
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
@@ -149,8 +149,8 @@ def to_input_grid(
 
 def _prepare(scan: nib.Nifti1Image, path: Path, preparation: Preparation) -> MetaTensor:
     data = torch.from_numpy(scan.get_fdata(dtype=np.float32, caching="unchanged"))
-    image = MetaTensor(data, affine=torch.as_tensor(scan.affine, dtype=torch.float64))
-    image = EnsureChannelFirst(channel_dim="no_channel")(image)
+    # with its channel from the start: MONAI counts the spatial axes once, here
+    image = MetaTensor(data[None], affine=torch.as_tensor(scan.affine, dtype=torch.float64))
     image = Orientation(preparation.orientation, labels=_AXES)(image)
     if preparation.spacing is not None:
         image = Spacing(preparation.spacing, mode="bilinear", padding_mode="border", dtype=torch.float32)(image)

@@ -15,7 +15,12 @@ from segraft.atomic import replacing
 from segraft.evaluation.results import MISSING, OVERALL
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_LOOKS_NUMERIC = re.compile(rf"^(?:[-−]?\d.*|{MISSING})$")
+_CSS_PER_METRE = 96 / 0.0254
+_MEAN_SD = re.compile(r"[^()]+ (\([^()]+\))")
+# A number as `_cell` or `mean_sd` writes it, maybe with a unit; not "017-left", a date or an interval.
+_NUMERIC = re.compile(
+    r"[-−]?(?:\d[\d.,\N{NARROW NO-BREAK SPACE}]*(?:e[-+]?\d+)?|inf)(?:%| \S{1,5}| \(.*\))?\s*|" + MISSING
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Picture:
+    """A PNG; width and height are in CSS pixels."""
+
     caption: str
     base64: str
     width: int
@@ -96,7 +103,7 @@ def _as_text(caption: str, frame: pd.DataFrame) -> _Table:
     return _Table(
         caption=caption,
         columns=[str(name) for name in shown.columns],
-        numeric=[bool(texts) and all(_LOOKS_NUMERIC.match(text) for text in texts) for texts in cells],
+        numeric=[bool(texts) and all(_NUMERIC.fullmatch(text) for text in texts) for texts in cells],
         rows=rows,
         total=[row[0] == OVERALL for row in rows],
     )
@@ -108,7 +115,19 @@ def _column(values: Iterable[object]) -> list[str]:
     floats = [abs(value) for value in column if _is_float(value) and np.isfinite(value)]
     largest = max(floats, default=0.0)
     decimals = 3 if largest <= 1 else 2 if largest < 100 else 1
-    return [_cell(value, decimals) for value in column]
+    return _aligned([_cell(value, decimals) for value in column])
+
+
+def _aligned(texts: list[str]) -> list[str]:
+    """Fill up shorter brackets of "mean (SD)" on the right, so that the means stand below one another."""
+    brackets = [match[1] if (match := _MEAN_SD.fullmatch(text)) else "" for text in texts]
+    longest = max(brackets, key=len, default="")
+    if not longest or not all(map(_NUMERIC.fullmatch, texts)):
+        return texts
+    points = [longest.count(".") - bracket.count(".") for bracket in brackets]
+    digits = [len(longest) - len(bracket) - point for bracket, point in zip(brackets, points, strict=True)]
+    filling = ["\N{PUNCTUATION SPACE}" * p + "\N{FIGURE SPACE}" * d for p, d in zip(points, digits, strict=True)]
+    return [text + fill if bracket else text for text, bracket, fill in zip(texts, brackets, filling, strict=True)]
 
 
 def _cell(value: object, decimals: int) -> str:
@@ -140,4 +159,12 @@ def _picture(caption: str, png: bytes) -> _Picture:
     if not png.startswith(_PNG):
         raise TypeError(f'The figure "{caption}" is not a PNG.')
     width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))  # the IHDR chunk comes first
-    return _Picture(caption, base64.b64encode(png).decode("ascii"), width, height)
+    scale = _CSS_PER_METRE / _pixels_per_metre(png)
+    return _Picture(caption, base64.b64encode(png).decode("ascii"), round(width * scale), round(height * scale))
+
+
+def _pixels_per_metre(png: bytes) -> float:
+    """The resolution a PNG asks to be shown at (its pHYs chunk): letters then have the size they were drawn for."""
+    at = png.find(b"pHYs", 0, png.find(b"IDAT"))
+    asked = int.from_bytes(png[at + 4 : at + 8], "big") if at > 0 else 0
+    return asked or _CSS_PER_METRE

@@ -18,6 +18,7 @@ from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
 from segraft.jobs.cases import choose
 from segraft.jobs.model import ADAPTER_FILE, build_from, task_record
+from segraft.jobs.preparing import settle_preparation
 from segraft.jobs.run_folder import RunFolder, versions
 from segraft.networks import load_base, load_weights
 from segraft.networks.bases import FILE_NAME
@@ -88,7 +89,7 @@ def adapt(
     spec: AdapterSpec | None = None,
     labels: Sequence[str] = (),
     shots: int | None = None,
-    preparation: Preparation | None = None,
+    preparation: Preparation | Mapping[str, Any] | None = None,
     settings: TrainingSettings | None = None,
     patient_pattern: str | None = None,
     resume: bool = False,
@@ -104,7 +105,7 @@ def adapt(
         spec: what to graft; None means `AdapterSpec("dora_c")`.
         labels: numbers or names; none means all of the cohort.
         shots: patients to draw, of those that did not train the base where there are enough; None means all.
-        preparation: of the scans; None means the base's own.
+        preparation: of the scans, whole or only the fields that differ from the base's.
         settings: of the training.
         patient_pattern: regular expression whose first group, searched in a case's id, is the patient.
         resume: go on after the last finished epoch, exactly.
@@ -120,21 +121,21 @@ def adapt(
     folder = RunFolder(Path(out), ADAPTER_FILE, resume=resume, overwrite=overwrite)
     cohort = Cohort.read(data, patient_pattern=patient_pattern)
     asked = cohort.select_labels(labels)
-    net, described, base_preparation, pretrained_on = source.load(len(asked))
-    preparation = preparation or base_preparation or Preparation()
+    net, described, inherited, pretrained_on = source.load(len(asked))
     adapters.graft(net, spec, seed=settings.seed)
     chosen = choose(cohort, shots, seed=settings.seed, never={}, avoid=pretrained_on, purpose="to adapt to")
     check_cases(chosen.cases, cohort, asked)
+    settled = settle_preparation(preparation, inherited, net, chosen.cases)
     patches = PatchSource(
         chosen.cases,
-        preparation,
+        settled,
         list(asked),
         seed=settings.seed,
         patches_per_volume=settings.patches,
         foreground_fraction=settings.foreground,
         augment=settings.augment,
     )
-    task = task_record(asked, preparation) | {"dataset": cohort.name}
+    task = task_record(asked, settled) | {"dataset": cohort.name}
     task["cases"] = {case.id: case.digest() for case in chosen.cases}
     base_record = described | {"fingerprint": adapters.fingerprint(net)}
     base_record["path"] = _relative(Path(described["path"]), folder.path)

@@ -1,6 +1,7 @@
 """Which cases a job works on, so that none serves twice unnoticed."""
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from segraft.data.cohort import Case, Cohort
@@ -27,7 +28,7 @@ def served_cases(cohort: Cohort, digests: Mapping[str, str]) -> frozenset[str]:
 
 def choose(
     cohort: Cohort,
-    count: int | None,
+    count: int | Sequence[str] | None,
     *,
     seed: int,
     never: Mapping[str, str],
@@ -38,16 +39,18 @@ def choose(
 
     Args:
         cohort: to draw from.
-        count: patients; None means all that may serve.
+        count: patients; None means all that may serve. Or the ids of the cases to take.
         seed: of the draw.
         never: images (id -> digest) whose patients must not serve: those the adapter itself was trained on.
         avoid: images whose patients serve only where there are not enough others: those the base was trained on.
         purpose: for messages, such as "to adapt to".
 
     Raises:
-        SegraftError: fewer patients than asked for.
+        SegraftError: fewer patients than asked for; an id that the cohort does not have, or that must not serve.
     """
     excluded, avoided = served_cases(cohort, never), served_cases(cohort, avoid)
+    if not (count is None or isinstance(count, int)):
+        return Chosen(_by_id(cohort, count, excluded, purpose))
     allowed = [case for case in cohort.cases if case.id not in excluded]
     fresh = [case for case in allowed if case.id not in avoided]
     patients = len({case.patient for case in allowed})
@@ -74,3 +77,13 @@ def choose(
         pool = allowed
     cases = tuple(pool) if count is None else draw(pool, count, seed=seed)
     return Chosen(cases, tuple(notes))
+
+
+def _by_id(cohort: Cohort, ids: Sequence[str], excluded: AbstractSet[str], purpose: str) -> tuple[Case, ...]:
+    known = {case.id: case for case in cohort.cases}
+    for each in ids:
+        if each not in known:
+            raise SegraftError(f"case {each!r} {purpose} is not in {cohort.path}: name cases by their image files.")
+        if each in excluded:
+            raise SegraftError(f"case {each!r} trained the adapter and must not serve {purpose}: leave it out.")
+    return tuple(known[each] for each in ids)

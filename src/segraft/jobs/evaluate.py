@@ -23,8 +23,8 @@ class Evaluated:
     """Result of `evaluate`."""
 
     results: list[CaseResult]
-    csv: Path | None
-    json: Path | None
+    csv: Path
+    json: Path
     notes: tuple[str, ...]
 
 
@@ -34,7 +34,7 @@ def evaluate(
     *,
     out: str | Path | None = None,
     labels: Sequence[str] = (),
-    cases: int | None = None,
+    cases: int | Sequence[str] | None = None,
     seed: int = 0,
     base: str | Path | None = None,
     patient_pattern: str | None = None,
@@ -51,7 +51,7 @@ def evaluate(
         data: `dataset.json`, or its folder.
         out: folder for `evaluation.csv` and `evaluation.json`; None means beside the model's file.
         labels: the cohort's labels that the model's outputs stand for, in order; none means those of the same value.
-        cases: patients to draw; None means all that may serve.
+        cases: patients to draw, or ids of cases; None means all that may serve.
         seed: of that draw.
         base: where the base is, if it is no longer where it was.
         patient_pattern: regular expression whose first group, searched in a case's id, is the patient.

@@ -15,6 +15,7 @@ from segraft.data.patches import PatchSource
 from segraft.data.preparation import Preparation
 from segraft.jobs.cases import choose
 from segraft.jobs.model import build_from, task_record
+from segraft.jobs.preparing import settle_preparation
 from segraft.jobs.run_folder import RunFolder, versions
 from segraft.networks import load_weights, save_base
 from segraft.networks.bases import FILE_NAME
@@ -44,7 +45,7 @@ def pretrain(
     weights: str | Path | None = None,
     labels: Sequence[str] = (),
     cases: int | None = None,
-    preparation: Preparation | None = None,
+    preparation: Preparation | Mapping[str, Any] | None = None,
     settings: TrainingSettings | None = None,
     patient_pattern: str | None = None,
     resume: bool = False,
@@ -61,7 +62,8 @@ def pretrain(
         weights: to start from; None starts from random weights.
         labels: numbers or names; none means all of the cohort.
         cases: patients to draw; None means all.
-        preparation: of the scans.
+        preparation: of the scans, whole or only the fields that differ from the defaults; the patch size is chosen
+            from the data where it is not given.
         settings: of the training.
         patient_pattern: regular expression whose first group, searched in a case's id, is the patient.
         resume: go on after the last finished epoch, exactly.
@@ -71,7 +73,7 @@ def pretrain(
     Raises:
         SegraftError: bad input of any kind; nothing is written then.
     """
-    preparation, settings = preparation or Preparation(), settings or TrainingSettings()
+    settings = settings or TrainingSettings()
     check_device(settings.device)
     folder = RunFolder(Path(out), FILE_NAME, resume=resume, overwrite=overwrite)
     cohort = Cohort.read(data, patient_pattern=patient_pattern)
@@ -83,16 +85,17 @@ def pretrain(
         load_weights(net, weights)
     chosen = choose(cohort, cases, seed=settings.seed, never={}, avoid={}, purpose="to pre-train on")
     check_cases(chosen.cases, cohort, asked)
+    settled = settle_preparation(preparation, None, net, chosen.cases)
     source = PatchSource(
         chosen.cases,
-        preparation,
+        settled,
         list(asked),
         seed=settings.seed,
         patches_per_volume=settings.patches,
         foreground_fraction=settings.foreground,
         augment=settings.augment,
     )
-    task = task_record(asked, preparation) | {"dataset": cohort.name}
+    task = task_record(asked, settled) | {"dataset": cohort.name}
     task["cases"] = {case.id: case.digest() for case in chosen.cases}
     folder.open({"network": network, "arguments": arguments, "settings": settings.model_dump(mode="json"), **task})
     training = fit(

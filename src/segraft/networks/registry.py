@@ -98,6 +98,16 @@ def build(
     return net
 
 
+def spatial_dims(net: nn.Module) -> int:
+    """2 for a network whose convolutions are at most two-dimensional, else 3."""
+    return 3 if any(isinstance(module, nn.Conv3d | nn.ConvTranspose3d) for module in net.modules()) else 2
+
+
+def size_multiple(net: nn.Module) -> int:
+    """What the sizes of a patch must be multiples of: as the network says, else 32, which suits the common ones."""
+    return int(getattr(net, "size_multiple", 32))
+
+
 def _by_path(network: str) -> Callable[..., nn.Module]:
     module, colon, name = network.partition(":")
     if not colon:

@@ -1,6 +1,6 @@
 """The classic U-Net, in two or three dimensions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -11,7 +11,7 @@ from segraft.errors import SegraftError
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
-NORM = {
+NORM: dict[str, dict[int, Callable[..., nn.Module]]] = {
     "instance": {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d},
     "batch": {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d},
 }
@@ -31,6 +31,7 @@ class UNet(nn.Module):
         norm: normalisation behind each 3×3 convolution (which then has no bias); None as in the paper.
 
     Attributes:
+        size_multiple: what the sizes of an image must be multiples of.
         parts: `encoder` (with the bottleneck), `bottleneck`, `decoder`, `head`.
 
     Raises:
@@ -53,6 +54,7 @@ class UNet(nn.Module):
                 f"positive widths, 1 to 3 dimensions and a norm of None, {' or '.join(NORM)}."
             )
         self.spatial_dims = spatial_dims
+        self.size_multiple = 2 ** (len(widths) - 1)
         self.parts = {
             "encoder": ("encoder", "bottleneck"),
             "bottleneck": ("bottleneck",),
@@ -62,10 +64,11 @@ class UNet(nn.Module):
 
         def double(channels: int, width: int) -> nn.Sequential:
             layers: list[nn.Module] = []
+            normalise = None if norm is None else NORM[norm][spatial_dims]
             for entering in (channels, width):
                 layers.append(CONV[spatial_dims](entering, width, 3, padding=1, bias=norm is None))
-                if norm is not None:
-                    layers.append(NORM[norm][spatial_dims](width, affine=True))
+                if normalise is not None:
+                    layers.append(normalise(width, affine=True))
                 layers.append(nn.ReLU(inplace=True))
             return nn.Sequential(*layers)
 
@@ -89,10 +92,10 @@ class UNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits on the grid of the image."""
-        multiple = 2 ** len(self.encoder)
-        if image.ndim != self.spatial_dims + 2 or any(size % multiple for size in image.shape[2:]):
+        sizes, fits = image.shape[2:], self.size_multiple
+        if image.ndim != self.spatial_dims + 2 or any(size % fits for size in sizes):
             raise SegraftError(
-                f"this U-Net takes [batch, channels] and {self.spatial_dims} sizes that are multiples of {multiple}, "
+                f"this U-Net takes [batch, channels] and {self.spatial_dims} sizes that are multiples of {fits}, "
                 f"not {tuple(image.shape)}: choose a patch size accordingly."
             )
         skips = []

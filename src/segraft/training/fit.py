@@ -38,6 +38,11 @@ class Fit:
     seconds: float
     device: str
 
+    def summary(self) -> str:
+        """In half a line."""
+        stop = "converged" if self.converged else "done"
+        return f"loss {self.losses[-1]:.3f}, {stop} after {len(self.losses)} epochs, {self.seconds:.0f} s"
+
 
 def fit(
     net: nn.Module,
@@ -80,6 +85,8 @@ def fit(
     with warnings.catch_warnings():
         # The patches come from memory: workers would only copy it.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        # Lightning 2.6 asks torch for a name that torch 2.13 deprecates.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         trainer = Trainer(
             accelerator=check_device(settings.device),
             devices=1,

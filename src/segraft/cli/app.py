@@ -1,0 +1,72 @@
+"""The Typer application, and how commands show results."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from segraft._version import __version__
+from segraft.errors import SegraftError
+
+app = typer.Typer(
+    name="segraft",
+    help="Graft small adapters onto pre-trained medical segmentation networks, from a few labelled scans.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+out = Console()
+err = Console(stderr=True)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+def progress_console(*, as_json: bool) -> Console | None:
+    """Where progress bars go: standard error, and nowhere when a machine reads."""
+    return None if as_json else err
+
+
+def show_json(values: Mapping[str, Any]) -> None:
+    """One JSON object on standard output."""
+    print(json.dumps(values, indent=2, default=str, allow_nan=False))  # noqa: T201
+
+
+def show_line(text: str) -> None:
+    """One line of results, unbroken and without colours."""
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def show_notes(notes: Sequence[str]) -> None:
+    """What the user should know besides the result, on standard error."""
+    for note in notes:
+        err.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+
+
+def split(values: Sequence[str] | None) -> tuple[str, ...]:
+    """Repeated and comma-separated values, as one tuple."""
+    return tuple(part.strip() for value in values or () for part in value.split(",") if part.strip())
+
+
+def json_object(text: str | None, option: str) -> dict[str, Any]:
+    """The value of an option that takes a JSON object.
+
+    Raises:
+        SegraftError: it is none.
+    """
+    try:
+        value = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise SegraftError(f"{option} {text!r} is not JSON ({error}): write it as '{{\"name\": value}}'.") from error
+    if not isinstance(value, dict):
+        raise SegraftError(f"{option} {text!r} is no JSON object: write it as '{{\"name\": value}}'.")
+    return value

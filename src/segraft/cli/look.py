@@ -1,0 +1,106 @@
+"""`segraft params` and `segraft inspect`: what something is, without running it."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from segraft.cli import options
+from segraft.cli.app import json_object, out, show_json, show_line
+from segraft.cli.options import Common, NetworkArguments, takes
+
+if TYPE_CHECKING:
+    from segraft.adapters import AdapterSpec
+
+
+@takes(spec=options.adapter, common=options.common)
+def params(
+    *,
+    network: Annotated[str, typer.Option(help="unet, unet3d, or package.module:Class.")] = "unet",
+    network_args: NetworkArguments = None,
+    paper: Annotated[str | None, typer.Option(help="Count a paper's table on the real network: sah.")] = None,
+    spec: "AdapterSpec",
+    common: Common,
+) -> None:
+    """Count trainable and frozen parameters of a network with an adapter.
+
+    Example: `segraft params --network unet --method dora_c --rank 64`, or `segraft params --paper sah`
+    """
+    from segraft.jobs.params import count, paper_table
+
+    if paper is not None:
+        _show_paper(paper_table(paper, spec.rank), spec.rank, as_json=common.as_json)
+        return
+    table = count(network, spec, json_object(network_args, "--network-args"))
+    if common.as_json:
+        show_json(table.to_dict())
+        return
+    shown = Table("owner", "part", "kind", "trainable", "frozen", title=f"{network}, {spec.method}, R = {spec.rank}")
+    for column in shown.columns[3:]:
+        column.justify = "right"
+    for row in table.rows:
+        shown.add_row(row.owner, row.part, row.kind, f"{row.trainable:,}", f"{row.frozen:,}")
+    shown.add_section()
+    shown.add_row("sum", "", "", f"{table.trainable:,}", f"{table.frozen:,}")
+    out.print(shown)
+    show_line(f"{100 * table.trainable / table.total:.2f} % of {table.total:,} parameters train.")
+
+
+def _show_paper(rows: list[Any], rank: int, *, as_json: bool) -> None:
+    if as_json:
+        show_json({"rank": rank, "rows": [asdict(row) for row in rows]})
+        return
+    shown = Table(
+        "method",
+        "the table: R = 1",
+        f"R · row, R = {rank}",
+        f"counted, R = {rank}",
+        f"our defaults, R = {rank}",
+        title="Table 3 of Minoccheri et al. 2025, counted on the network",
+    )
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        counts = (row.at_one, row.multiplied, row.counted, row.defaults)
+        shown.add_row(row.method, *(f"{value:,}" for value in counts))
+    out.print(shown)
+    show_line(
+        "The table's layout: LoRA-C and CP also adapt biases with an R×o factor, magnitudes run over the first stored\n"
+        "dimension, the head has none. Magnitudes do not grow with R, so R times a DoRA row is more than there is.\n"
+        "Our defaults: biases frozen, one magnitude per true output channel of every layer."
+    )
+
+
+@takes(common=options.common)
+def inspect(
+    *,
+    path: Annotated[Path, typer.Argument(help="Adapter file or base file, or the folder it is in.")],
+    common: Common,
+) -> None:
+    """What a file of Segraft is: spec, base, labels, preparation, training record.
+
+    Example: `segraft inspect run/adapter.safetensors`
+    """
+    from segraft.jobs.inspecting import describe
+
+    described = describe(path)
+    if common.as_json:
+        show_json(described)
+        return
+    shown = Table("", described["path"])
+    for name, value in described.items():
+        if name != "path":
+            shown.add_row(name, _brief(value))
+    out.print(shown)
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{name}: {_brief(each)}" for name, each in value.items())
+    if isinstance(value, list | tuple) and len(value) > 12:
+        return f"{', '.join(_brief(each) for each in value[:3])} … {_brief(value[-1])} ({len(value)})"
+    if isinstance(value, list | tuple):
+        return ", ".join(_brief(each) for each in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

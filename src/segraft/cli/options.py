@@ -1,0 +1,227 @@
+"""Groups of options that several commands take, each written once.
+
+A group is a function: its parameters are the options, its result is what the command is given under the group's name.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from segraft.errors import SegraftError
+
+if TYPE_CHECKING:
+    from segraft.adapters import AdapterSpec
+
+COMMON, TRAINING, SCANS, ADAPTER = "Common options", "Training", "Preparation of scans", "Adapter"
+
+
+def takes(**groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a command take the options of these groups in place of the parameters of their names."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [each for each in signature(command).parameters.values() if each.name not in groups]
+        options = {name: list(signature(group).parameters.values()) for name, group in groups.items()}
+
+        def run(**values: Any) -> None:
+            made = {
+                name: group(**{each.name: values.pop(each.name) for each in options[name]})
+                for name, group in groups.items()
+            }
+            command(**values, **made)
+
+        together = [*own, *(each for group in options.values() for each in group)]
+        together = [each.replace(kind=Parameter.KEYWORD_ONLY) for each in together]
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__annotations__ = {each.name: each.annotation for each in together} | {"return": None}
+        run.__dict__["__signature__"] = Signature(together)
+        return run
+
+    return decorate
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class Precision(StrEnum):
+    """Of the computation; adapters are composed in float32 always."""
+
+    full = "32"
+    bf16 = "bf16"
+    half = "16"
+
+
+class Schedule(StrEnum):
+    """Of the learning rate."""
+
+    cosine = "cosine"
+    onecycle = "onecycle"
+    constant = "constant"
+
+
+@dataclass(frozen=True)
+class Common:
+    """Options that every command takes, so that a script can pass one set of options to all.
+
+    A command that has nothing random (or computes nothing) does not depend on them.
+    """
+
+    seed: int
+    device: str
+    precision: str
+    as_json: bool
+
+    def computing(self) -> dict[str, Any]:
+        """Those that say where and how to compute."""
+        return {"device": self.device, "precision": self.precision}
+
+
+def common(
+    seed: Annotated[int, typer.Option(min=0, help="Of every random choice.", rich_help_panel=COMMON)] = 0,
+    device: Annotated[Device, typer.Option(help="Where to compute.", rich_help_panel=COMMON)] = Device.auto,
+    precision: Annotated[
+        Precision, typer.Option(help="32, or mixed precision bf16 or 16.", rich_help_panel=COMMON)
+    ] = Precision.full,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of tables.", rich_help_panel=COMMON)
+    ] = False,
+) -> Common:
+    """Seed, device, precision, JSON."""
+    return Common(seed, device.value, precision.value, as_json)
+
+
+def training(
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the cases.", rich_help_panel=TRAINING)] = 100,
+    learning_rate: Annotated[float, typer.Option(help="The highest one.", rich_help_panel=TRAINING)] = 1e-3,
+    schedule: Annotated[
+        Schedule, typer.Option(help="Of the learning rate.", rich_help_panel=TRAINING)
+    ] = Schedule.cosine,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=TRAINING)] = 0.0,
+    loss: Annotated[
+        str, typer.Option(help="dice_ce, or overlap (the haemorrhage paper's).", rich_help_panel=TRAINING)
+    ] = "dice_ce",
+    volumes: Annotated[int, typer.Option(min=1, help="Scans per step.", rich_help_panel=TRAINING)] = 2,
+    patches: Annotated[int, typer.Option(min=1, help="Patches per scan and step.", rich_help_panel=TRAINING)] = 2,
+    augment: Annotated[bool, typer.Option(help="Random flips, turns and contrast.", rich_help_panel=TRAINING)] = True,
+    stop_when_converged: Annotated[
+        bool | None,
+        typer.Option(
+            "--stop-when-converged/--all-epochs",
+            help="Stop when the training loss gained no more than 1 % in 20 epochs [adapt: yes, pretrain: no].",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+) -> dict[str, Any]:
+    """Values of `TrainingSettings`, where the user said or the default holds for all commands."""
+    said: dict[str, Any] = {
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "schedule": schedule.value,
+        "weight_decay": weight_decay,
+        "loss": loss,
+        "volumes": volumes,
+        "patches": patches,
+        "augment": augment,
+        "stop_when_converged": stop_when_converged,
+    }
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def preparation(
+    patch: Annotated[
+        tuple[int, int, int] | None,
+        typer.Option(help="Voxels seen at once; Z = 1 for slices. From the data, if left out.", rich_help_panel=SCANS),
+    ] = None,
+    spacing: Annotated[
+        tuple[float, float, float] | None,
+        typer.Option(help="Voxel size in mm to resample to. Each scan's own, if left out.", rich_help_panel=SCANS),
+    ] = None,
+    window: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="Intensities that become 0 and 1, such as -175 250 (HU).", rich_help_panel=SCANS),
+    ] = None,
+    percentiles: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="The same by each volume's percentiles [0.5 99.5].", rich_help_panel=SCANS),
+    ] = None,
+    orientation: Annotated[str | None, typer.Option(help="Axis directions [RAS].", rich_help_panel=SCANS)] = None,
+    crop_foreground: Annotated[
+        bool | None, typer.Option(help="Crop to what is above 0 [no].", rich_help_panel=SCANS)
+    ] = None,
+) -> dict[str, Any]:
+    """Fields of `Preparation`, only those the user said."""
+    if window and percentiles:
+        raise SegraftError("--window and --percentiles exclude each other: give one.")
+    intensity: dict[str, Any] | None = None
+    if window:
+        intensity = {"kind": "window", "low": window[0], "high": window[1]}
+    if percentiles:
+        intensity = {"kind": "percentiles", "lower": percentiles[0], "upper": percentiles[1]}
+    said: Mapping[str, Any] = {
+        "patch": patch,
+        "spacing": spacing,
+        "intensity": intensity,
+        "orientation": orientation,
+        "crop_foreground": crop_foreground,
+    }
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def adapter(
+    method: Annotated[str, typer.Option(help="Adapter method, or none.", rich_help_panel=ADAPTER)] = "dora_c",
+    rank: Annotated[int, typer.Option(help="R.", rich_help_panel=ADAPTER)] = 8,
+    alpha: Annotated[float | None, typer.Option(help="α [2·R].", rich_help_panel=ADAPTER)] = None,
+    bias: Annotated[str, typer.Option(help="frozen, low_rank or train.", rich_help_panel=ADAPTER)] = "frozen",
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Parts, or regular expressions on layer names; all layers, if left out.", rich_help_panel=ADAPTER
+        ),
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="The same, left out.", rich_help_panel=ADAPTER)] = None,
+    train: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Trained whole: none, head, bitfit, affine, decoder, encoder, full, a part, or an expression.",
+            rich_help_panel=ADAPTER,
+        ),
+    ] = None,
+) -> "AdapterSpec":
+    """The spec of an adapter."""
+    from segraft.adapters import AdapterSpec
+    from segraft.training.strategies import selectors
+
+    return AdapterSpec(
+        method,
+        rank=rank,
+        alpha=alpha,
+        bias=bias,  # type: ignore[arg-type]  # AdapterSpec checks it
+        targets=targets or None,
+        exclude=exclude or (),
+        train=selectors(train or ()),
+    )
+
+
+Data = Annotated[Path, typer.Option(help="dataset.json in the Decathlon layout, or its folder.")]
+OutFolder = Annotated[Path, typer.Option("-o", "--out", help="Folder to write to.")]
+NetworkArguments = Annotated[str | None, typer.Option(help="Keyword arguments of the network, as a JSON object.")]
+BasePath = Annotated[Path | None, typer.Option(help="Where the base is, if it was moved.")]
+ModelPath = Annotated[Path, typer.Argument(help="Adapter file (or base file), or the folder it is in.")]
+Labels = Annotated[
+    list[str] | None,
+    typer.Option(help="Labels, by number or name; repeat or separate by commas. All, if left out."),
+]
+PatientPattern = Annotated[
+    str | None,
+    typer.Option(help="Regular expression; its first group, searched in a case's id, is the patient."),
+]

@@ -1,0 +1,102 @@
+"""`segraft predict`, `segraft evaluate` and `segraft demo`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from segraft.cli import options
+from segraft.cli.app import err, progress_console, show_json, show_line, show_notes, split
+from segraft.cli.app import out as console
+from segraft.cli.options import BasePath, Common, Data, Labels, ModelPath, OutFolder, PatientPattern, takes
+
+
+@takes(common=options.common)
+def predict(
+    *,
+    model: ModelPath,
+    scans: Annotated[list[Path], typer.Argument(help="NIfTI files, or folders of them.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Mask file for one scan, else a folder.")],
+    base: BasePath = None,
+    common: Common,
+) -> None:
+    """Segment scans; each mask has its scan's own grid, affine and orientation.
+
+    Example: `segraft predict run/adapter.safetensors scan.nii.gz -o mask.nii.gz`
+    """
+    from segraft.jobs import predict as job
+
+    results = job(model, scans, out, base=base, **common.computing(), console=progress_console(as_json=common.as_json))
+    if common.as_json:
+        show_json({"masks": [asdict(result) for result in results]})
+        return
+    table = Table("scan", "mask", *(f"{name} (mL)" for name in results[0].volumes_ml))
+    for result in results:
+        table.add_row(result.scan.name, str(result.mask), *(f"{ml:.2f}" for ml in result.volumes_ml.values()))
+    console.print(table)
+
+
+@takes(common=options.common)
+def evaluate(
+    *,
+    model: ModelPath,
+    data: Data,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder for the CSV and JSON; beside the model, if left out.")
+    ] = None,
+    labels: Labels = None,
+    cases: Annotated[int | None, typer.Option(help="Patients to draw; all that may serve, if left out.")] = None,
+    base: BasePath = None,
+    patient_pattern: PatientPattern = None,
+    common: Common,
+) -> None:
+    """Dice and 95 % Hausdorff distance on labelled cases that did not train the model.
+
+    Example: `segraft evaluate run/adapter.safetensors --data D/dataset.json`
+    """
+    from segraft.evaluation.results import readable, summary, table
+    from segraft.jobs import evaluate as job
+
+    result = job(
+        model,
+        data,
+        out=out,
+        labels=split(labels),
+        cases=cases,
+        seed=common.seed,
+        base=base,
+        patient_pattern=patient_pattern,
+        **common.computing(),
+        console=progress_console(as_json=common.as_json),
+    )
+    if common.as_json:
+        print(result.json.read_text(encoding="utf-8"))  # noqa: T201
+        return
+    show_notes(result.notes)
+    for title, frame in (("Cases", readable(table(result.results))), ("Summary", readable(summary(result.results)))):
+        shown = Table(*(str(column) for column in frame.columns), title=title)
+        for row in frame.itertuples(index=False):
+            shown.add_row(*(str(value) for value in row))
+        console.print(shown)
+    show_line(f"{result.csv}\n{result.json}")
+
+
+@takes(common=options.common)
+def demo(*, out: OutFolder = Path("demo"), common: Common) -> None:
+    """The whole job on synthetic head CTs: pre-train, adapt, evaluate, report.
+
+    Example: `segraft demo --out demo`
+    """
+    from segraft.jobs.demo import demo as job
+
+    result = job(out, seed=common.seed, **common.computing(), console=None if common.as_json else err)
+    if common.as_json:
+        show_json(asdict(result))
+        return
+    shown = Table(*result.table.columns, title=result.title)
+    for row in result.table.itertuples(index=False):
+        shown.add_row(*(str(value) for value in row))
+    console.print(shown)
+    show_line(f"Report: {result.report}")

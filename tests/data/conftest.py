@@ -1,0 +1,56 @@
+"""Small cohorts on disk."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from segraft.data.cohort import Case
+
+WriteCase = Callable[..., Case]
+
+
+def save(path: Path, data: np.ndarray, affine: np.ndarray | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(data, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+@pytest.fixture
+def write_case(tmp_path: Path) -> WriteCase:
+    """write_case(name, image, label, affine=…, patient=…): a case in files."""
+
+    def write(
+        name: str,
+        image: np.ndarray,
+        label: np.ndarray | None = None,
+        affine: np.ndarray | None = None,
+        patient: str | None = None,
+    ) -> Case:
+        image_path = save(tmp_path / "imagesTr" / f"{name}.nii.gz", image, affine)
+        label_path = None if label is None else save(tmp_path / "labelsTr" / f"{name}.nii.gz", label, affine)
+        return Case(name, patient or name, image_path, label_path)
+
+    return write
+
+
+@pytest.fixture
+def write_listing(tmp_path: Path) -> Callable[..., Path]:
+    """write_listing(labels=…, …): a dataset.json; keyword arguments replace keys, None removes them."""
+
+    def write(**keys: Any) -> Path:
+        content = {
+            "name": "Toy",
+            "modality": {"0": "CT"},
+            "labels": {"0": "background", "1": "anterior", "2": "Posterior"},
+            "training": [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}],
+        } | keys
+        path = tmp_path / "dataset.json"
+        path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+        return path
+
+    return write
