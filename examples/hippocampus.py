@@ -73,9 +73,8 @@ def main() -> None:
         rows.append(row := one(name, method, strategy, run, cases.get("test"), arguments, console))
         for purpose in ("adapt", "test"):
             found = row.pop(f"{purpose}_cases")
-            if found:  # the same for every adaptation
-                if cases.setdefault(purpose, found) != found:
-                    raise SystemExit(f"{run}: its {purpose} cases are not those of the others; start with a new --out.")
+            if found and cases.setdefault(purpose, found) != found:
+                raise SystemExit(f"{run}: its {purpose} cases are not those of the others; start with a new --out.")
     served = [case for purpose in CASES for case in cases[purpose]]
     if not len(served) == len(set(served)) == sum(CASES.values()):
         raise SystemExit("a case serves twice; start with a new --out.")

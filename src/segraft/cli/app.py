@@ -2,13 +2,17 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from segraft._version import __version__
 from segraft.errors import SegraftError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 app = typer.Typer(
     name="segraft",
@@ -39,6 +43,14 @@ def progress_console(*, as_json: bool) -> Console | None:
 def show_json(values: Mapping[str, Any]) -> None:
     """One JSON object on standard output."""
     print(json.dumps(values, indent=2, default=str, allow_nan=False))  # noqa: T201
+
+
+def show_frame(frame: "pd.DataFrame", title: str) -> None:
+    """A table of results, numbers to three digits."""
+    shown = Table(*(str(column) for column in frame.columns), title=title)
+    for row in frame.itertuples(index=False):
+        shown.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row))
+    out.print(shown)
 
 
 def show_line(text: str) -> None:

@@ -91,7 +91,9 @@ def inspect(
         return
     shown = Table("", described["path"])
     for name, value in described.items():
-        if name != "path":
+        if name == "cases":
+            shown.add_row(name, f"{len(value)}: {', '.join(list(value)[:3])}{' …' if len(value) > 3 else ''}")
+        elif name != "path":
             shown.add_row(name, _brief(value))
     out.print(shown)
 

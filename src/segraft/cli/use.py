@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from segraft.cli import options
-from segraft.cli.app import err, progress_console, show_json, show_line, show_notes, split
+from segraft.cli.app import err, progress_console, show_frame, show_json, show_line, show_notes, split
 from segraft.cli.app import out as console
 from segraft.cli.options import BasePath, Common, Data, Labels, ModelPath, OutFolder, PatientPattern, takes
 
@@ -75,11 +75,8 @@ def evaluate(
         print(result.json.read_text(encoding="utf-8"))  # noqa: T201
         return
     show_notes(result.notes)
-    for title, frame in (("Cases", readable(table(result.results))), ("Summary", readable(summary(result.results)))):
-        shown = Table(*(str(column) for column in frame.columns), title=title)
-        for row in frame.itertuples(index=False):
-            shown.add_row(*(str(value) for value in row))
-        console.print(shown)
+    show_frame(readable(table(result.results).drop(columns="label")), "Cases")
+    show_frame(readable(summary(result.results)), "Summary")
     show_line(f"{result.csv}\n{result.json}")
 
 
@@ -95,8 +92,5 @@ def demo(*, out: OutFolder = Path("demo"), common: Common) -> None:
     if common.as_json:
         show_json(asdict(result))
         return
-    shown = Table(*result.table.columns, title=result.title)
-    for row in result.table.itertuples(index=False):
-        shown.add_row(*(str(value) for value in row))
-    console.print(shown)
+    show_frame(result.table, result.title)
     show_line(f"Report: {result.report}")

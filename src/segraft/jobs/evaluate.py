@@ -1,11 +1,12 @@
 """Measuring a model on labelled cases."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
@@ -95,8 +96,13 @@ def evaluate(
 
 def evaluate_one(model: Model, case: Case, *, device: str = "auto", precision: str = "32") -> list[CaseResult]:
     """Measure one case with a label, in memory."""
-    prediction, image = model.segment(case.image, device=device, precision=precision)
-    _, label = load_case(case)
+    prediction, _ = model.segment(case.image, device=device, precision=precision)
+    return measure(case, prediction, model.labels)
+
+
+def measure(case: Case, prediction: NDArray[np.int64], labels: Mapping[int, str]) -> list[CaseResult]:
+    """Hold a label map on the scan's own grid against the case's label, of which only `labels` count."""
+    image, label = load_case(case)
     truth = np.asanyarray(label.dataobj)
-    kept = np.where(np.isin(truth, list(model.labels)), truth, 0).astype(np.int64)
-    return evaluate_case(case.id, prediction, kept, model.labels, image.affine)
+    kept = np.where(np.isin(truth, list(labels)), truth, 0).astype(np.int64)
+    return evaluate_case(case.id, prediction, kept, labels, image.affine)
