@@ -20,9 +20,10 @@ def main() -> None:
     try:
         app()
     except SegraftError as error:
+        sentence = " ".join(str(error).split())  # what a library said inside it may run over several lines
         if "--json" in sys.argv:
-            print(json.dumps({"error": str(error)}))  # noqa: T201
-        print(f"segraft: {error}", file=sys.stderr)  # noqa: T201
+            print(json.dumps({"error": sentence}))  # noqa: T201
+        print(f"segraft: {sentence}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("segraft: interrupted; a training goes on with --resume.", file=sys.stderr)  # noqa: T201

@@ -36,8 +36,8 @@ def _version(
 
 
 def progress_console(*, as_json: bool) -> Console | None:
-    """Where progress bars go: standard error, and nowhere when a machine reads."""
-    return None if as_json else err
+    """Where progress bars go: standard error, and nowhere when a machine or a file reads it."""
+    return err if err.is_terminal and not as_json else None
 
 
 def show_json(values: Mapping[str, Any]) -> None:

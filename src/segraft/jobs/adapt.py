@@ -18,7 +18,7 @@ from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
 from segraft.jobs.cases import choose
 from segraft.jobs.model import ADAPTER_FILE, build_from, task_record
-from segraft.jobs.preparing import settle_preparation
+from segraft.jobs.preparing import check_network, settle_preparation
 from segraft.jobs.run_folder import RunFolder, versions
 from segraft.networks import load_base, load_weights
 from segraft.networks.bases import FILE_NAME
@@ -65,10 +65,11 @@ class BaseSource:
         if self.weights is None:
             net, info = load_base(self.base)
             described = {"network": info.network, "arguments": info.arguments, "path": str(info.path)}
-            preparation = Preparation(**info.record["preparation"])
-            outputs = len(info.record["labels"])
+            recorded = info.record.get("preparation")
+            preparation = None if recorded is None else Preparation(**recorded)
+            outputs = info.arguments["out_channels"]
             if outputs != labels:
-                names = ", ".join(info.record["labels"].values())
+                names = ", ".join(info.record.get("labels", {}).values()) or "of unknown labels"
                 raise SegraftError(
                     f"the base {info.path} has {outputs} outputs ({names}), but {labels} labels were asked for: ask "
                     f"for {outputs} with --labels."
@@ -78,7 +79,7 @@ class BaseSource:
         net = build_from(str(self.base), arguments)
         load_weights(net, self.weights)
         described = {"network": str(self.base), "arguments": arguments, "path": str(self.weights)}
-        return net.eval(), described, None, {}
+        return net, described, None, {}
 
 
 def adapt(
@@ -126,6 +127,7 @@ def adapt(
     chosen = choose(cohort, shots, seed=settings.seed, never={}, avoid=pretrained_on, purpose="to adapt to")
     check_cases(chosen.cases, cohort, asked)
     settled = settle_preparation(preparation, inherited, net, chosen.cases)
+    check_network(net, settled.patch, len(asked))
     patches = PatchSource(
         chosen.cases,
         settled,
@@ -139,20 +141,20 @@ def adapt(
     task["cases"] = {case.id: case.digest() for case in chosen.cases}
     base_record = described | {"fingerprint": adapters.fingerprint(net)}
     base_record["path"] = _relative(Path(described["path"]), folder.path)
-    folder.open({"base": base_record, "spec": spec.to_dict(), "settings": settings.model_dump(mode="json"), **task})
-    training = fit(
-        net, patches, settings, checkpoint=folder.checkpoint, resume=resume, title="adapting", console=console
-    )
-    counted = parameter_table(net)
-    record = task | {
-        "base": base_record,
-        "settings": settings.model_dump(mode="json"),
-        "training": asdict(training),
-        "trainable_parameters": counted.trainable,
-        "versions": versions(),
-    }
-    adapters.save(net, folder.result, record=record)
-    folder.close()
+    request = {"base": base_record, "spec": spec.to_dict(), "settings": settings.model_dump(mode="json"), **task}
+    with folder.training(request):
+        training = fit(
+            net, patches, settings, checkpoint=folder.checkpoint, resume=resume, title="adapting", console=console
+        )
+        counted = parameter_table(net)
+        record = task | {
+            "base": base_record,
+            "settings": settings.model_dump(mode="json"),
+            "training": asdict(training),
+            "trainable_parameters": counted.trainable,
+            "versions": versions(),
+        }
+        adapters.save(net, folder.result, record=record)
     return Adapted(
         folder.result,
         asked,

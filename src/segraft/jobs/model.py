@@ -92,13 +92,13 @@ def load_model(path: str | os.PathLike[str], *, base: str | os.PathLike[str] | N
     Raises:
         SegraftError: a file is missing or is something else; the adapter belongs to another base.
     """
-    path = Path(path)
-    if path.is_dir():
-        path /= ADAPTER_FILE if (path / ADAPTER_FILE).is_file() else FILE_NAME
+    path = _file_in(Path(path))
     if path.name == FILE_NAME:
         net, info = load_base(path)
         record = info.record
         return _model(net, path, record, adapted_on={}, pretrained_on=record.get("cases", {}))
+    if _holds_base(path):
+        raise SegraftError(f"{path} is a base, not an adapter: give the adapter file, or name the base {FILE_NAME}.")
     header = read_header(path)
     net, pretrained_on = load_base_of(header, base)
     adapters.load(net, path)
@@ -123,7 +123,7 @@ def load_base_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> 
         where /= FILE_NAME
     if not where.is_file():
         raise SegraftError(f"the base of {header.path} is not at {where}: say where it is with --base.")
-    if where.name == FILE_NAME:
+    if where.name == FILE_NAME or _holds_base(where):
         net, info = load_base(where)
         return net, info.record.get("cases", {})
     net = build_from(described["network"], described["arguments"])
@@ -139,10 +139,25 @@ def build_from(network: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def describe(path: Path) -> AdapterHeader | Base:
-    """What a file of Segraft says about itself."""
+    """What a file of Segraft says about itself, whatever its name."""
+    path = _file_in(path)
+    return read_base(path) if path.name == FILE_NAME or _holds_base(path) else read_header(path)
+
+
+def _file_in(path: Path) -> Path:
+    """The file meant by a folder: its adapter, else its base."""
     if path.is_dir():
-        path /= ADAPTER_FILE if (path / ADAPTER_FILE).is_file() else FILE_NAME
-    return read_base(path) if path.name == FILE_NAME else read_header(path)
+        return path / (ADAPTER_FILE if (path / ADAPTER_FILE).is_file() else FILE_NAME)
+    return path
+
+
+def _holds_base(path: Path) -> bool:
+    """Whether a file is a base by what is in it: a copy under another name still knows the cases that trained it."""
+    try:
+        read_base(path)
+    except SegraftError:
+        return False
+    return True
 
 
 def task_record(labels: Mapping[int, str], preparation: Preparation) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import ValidationError
 from torch import nn
 
@@ -44,6 +45,41 @@ def settle_preparation(
         name = ".".join(str(part) for part in first["loc"])
         raise SegraftError(f"preparation {name} = {first['input']!r}: {first['msg']}.") from error
     return settled if "patch" in fields else settled.model_copy(update={"patch": _patch(settled, net, cases)})
+
+
+def check_network(net: nn.Module, patch: tuple[int, int, int], labels: int) -> None:
+    """Run the network once on an empty patch, before anything is written.
+
+    Args:
+        net: the network, left as it was.
+        patch: voxels along X, Y, Z; with 1 in Z the network is given a slice.
+        labels: how many logits it must give.
+
+    Raises:
+        SegraftError: it does not take the patch, or does not return one logit per label on the patch's grid.
+    """
+    sizes = patch[:2] if patch[2] == 1 else patch
+    name, shown = type(net).__name__, " ".join(map(str, patch))
+    training = net.training
+    try:
+        with torch.no_grad():
+            logits = net.eval()(torch.zeros(1, 1, *sizes))
+    except SegraftError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SegraftError(
+            f"{name} does not take patches of {shown} voxels with one channel ({reason}): choose another --patch, or "
+            "other arguments of the network."
+        ) from error
+    finally:
+        net.train(training)
+    if not isinstance(logits, torch.Tensor) or logits.shape != (1, labels, *sizes):
+        given = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise SegraftError(
+            f"{name} gives {given} for a patch of {shown} voxels and {labels} labels: it must return one logit per "
+            "label on the grid of its input."
+        )
 
 
 def _patch(preparation: Preparation, net: nn.Module, cases: Sequence[Case]) -> tuple[int, int, int]:

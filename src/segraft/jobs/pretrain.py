@@ -15,7 +15,7 @@ from segraft.data.patches import PatchSource
 from segraft.data.preparation import Preparation
 from segraft.jobs.cases import choose
 from segraft.jobs.model import build_from, task_record
-from segraft.jobs.preparing import settle_preparation
+from segraft.jobs.preparing import check_network, settle_preparation
 from segraft.jobs.run_folder import RunFolder, versions
 from segraft.networks import load_weights, save_base
 from segraft.networks.bases import FILE_NAME
@@ -86,6 +86,7 @@ def pretrain(
     chosen = choose(cohort, cases, seed=settings.seed, never={}, avoid={}, purpose="to pre-train on")
     check_cases(chosen.cases, cohort, asked)
     settled = settle_preparation(preparation, None, net, chosen.cases)
+    check_network(net, settled.patch, len(asked))
     source = PatchSource(
         chosen.cases,
         settled,
@@ -97,17 +98,17 @@ def pretrain(
     )
     task = task_record(asked, settled) | {"dataset": cohort.name}
     task["cases"] = {case.id: case.digest() for case in chosen.cases}
-    folder.open({"network": network, "arguments": arguments, "settings": settings.model_dump(mode="json"), **task})
-    training = fit(
-        net, source, settings, checkpoint=folder.checkpoint, resume=resume, title="pre-training", console=console
-    )
-    record = task | {
-        "settings": settings.model_dump(mode="json"),
-        "training": asdict(training),
-        "versions": versions(),
-    }
-    base = save_base(net, folder.path, network=network, arguments=arguments, record=record)
-    folder.close()
+    request = {"network": network, "arguments": arguments, "settings": settings.model_dump(mode="json"), **task}
+    with folder.training(request):
+        training = fit(
+            net, source, settings, checkpoint=folder.checkpoint, resume=resume, title="pre-training", console=console
+        )
+        record = task | {
+            "settings": settings.model_dump(mode="json"),
+            "training": asdict(training),
+            "versions": versions(),
+        }
+        base = save_base(net, folder.path, network=network, arguments=arguments, record=record)
     return Pretrained(
         base.path,
         base.fingerprint,

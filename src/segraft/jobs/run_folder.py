@@ -2,7 +2,8 @@
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +34,61 @@ class RunFolder:
         if self.result.exists() and not (overwrite or resume):
             raise SegraftError(f"{self.result} exists: choose another --out, or pass --overwrite.")
 
-    def open(self, asked: Mapping[str, Any]) -> None:
-        """Write down what was asked for; when resuming, hold it against what was asked for then.
+    @contextmanager
+    def training(self, asked: Mapping[str, Any]) -> Iterator[None]:
+        """Write down what was asked for around a training; when resuming, hold it against what was asked for then.
+
+        A training that ends before its first epoch does leaves the folder as it was. One that ends well has
+        written its result, and the state to resume from has served.
 
         Raises:
             SegraftError: it is not the same.
         """
         asked = json.loads(json.dumps(asked))
+        before = self.asked.read_text(encoding="utf-8") if self.asked.is_file() else None
+        made = not self.path.exists()
         if self.resume:
-            before = json.loads(self.asked.read_text(encoding="utf-8")) if self.asked.is_file() else {}
-            changed = [key for key in asked if before.get(key) != asked[key]]
-            if changed:
-                raise SegraftError(
-                    f"{self.path} was started with another {changed[0]} ({before.get(changed[0])!r}, now "
-                    f"{asked[changed[0]]!r}): resume with the same options, or start a new folder."
-                )
-            return
+            self._hold_against(json.loads(before or "{}"), asked)
+        else:
+            self.checkpoint.unlink(missing_ok=True)
+            self._write(json.dumps(asked, indent=2) + "\n")
+        try:
+            yield
+        except BaseException:
+            if not self.checkpoint.is_file():
+                self._restore(before, made=made)
+            raise
         self.checkpoint.unlink(missing_ok=True)
-        with replacing(self.asked) as aside:
-            aside.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
 
-    def close(self) -> None:
-        """The training is done and its result written: the state to resume from has served."""
-        self.checkpoint.unlink(missing_ok=True)
+    def _write(self, text: str) -> None:
+        with replacing(self.asked) as aside:
+            aside.write_text(text, encoding="utf-8")
+
+    def _hold_against(self, before: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+        then, now = dict(_flat(before)), dict(_flat(asked))
+        for name in [*now, *then]:
+            if then.get(name) != now.get(name):
+                raise SegraftError(
+                    f"{self.path} was started with another {name} ({then.get(name)!r}, now {now.get(name)!r}): "
+                    "resume with the same options, or start a new folder."
+                )
+
+    def _restore(self, before: str | None, *, made: bool) -> None:
+        if before is not None:
+            self._write(before)
+            return
+        self.asked.unlink(missing_ok=True)
+        if made and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested values under dotted names, such as `settings.epochs`."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def versions() -> dict[str, str]:

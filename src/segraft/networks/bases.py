@@ -22,6 +22,7 @@ from segraft.errors import SegraftError
 from segraft.networks.registry import build
 
 FILE_NAME = "base.safetensors"
+CHANNELS = ("in_channels", "out_channels")
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,15 @@ def save_base(
         arguments: all keyword arguments that `build` needs to make the network again, with `in_channels` and
             `out_channels`.
         record: JSON values to keep with it.
+
+    Raises:
+        SegraftError: the channels are not among the arguments, or the file cannot be written.
     """
     from safetensors.torch import save_file
 
     path = Path(folder) / FILE_NAME
+    if any(name not in arguments for name in CHANNELS):
+        raise SegraftError(f"{path} is not written: give in_channels and out_channels among the network's arguments.")
     base = Base(path, network, dict(arguments), fingerprint(net), dict(record or {}))
     header = {
         "version": __version__,
@@ -95,7 +101,8 @@ def read_base(path: str | os.PathLike[str]) -> Base:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["segraft_base"])
-        return Base(path, header["network"], header["arguments"], header["fingerprint"], header["record"])
+        arguments = {name: header["arguments"][name] for name in CHANNELS} | header["arguments"]
+        return Base(path, header["network"], arguments, header["fingerprint"], header["record"])
     except (SafetensorError, OSError) as error:
         raise SegraftError(f"{path} is not a readable safetensors file ({error}): is it complete?") from error
     except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -113,7 +120,7 @@ def load_base(path: str | os.PathLike[str]) -> tuple[nn.Module, Base]:
     """
     base = read_base(path)
     arguments = dict(base.arguments)
-    channels = {name: arguments.pop(name) for name in ("in_channels", "out_channels")}
+    channels = {name: arguments.pop(name) for name in CHANNELS}
     net = build(base.network, **channels, arguments=arguments)
     load_weights(net, base.path)
     found = fingerprint(net)
@@ -176,6 +183,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model", "network_weights"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
         raise SegraftError(f"{path} holds no state dict: save the network's state_dict() alone.")
     return content

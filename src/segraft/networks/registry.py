@@ -88,6 +88,10 @@ def build(
         net = entry.factory(**merged)
     except SegraftError:
         raise
+    except ImportError as error:  # MONAI's carries a whole traceback in its message
+        raise SegraftError(
+            f"network {network!r} needs a package that is not there ({str(error).partition(chr(10))[0]}): install it."
+        ) from error
     except Exception as error:
         raise SegraftError(f"network {network!r} refused its arguments {merged}: {error}.") from error
     if not isinstance(net, nn.Module):
@@ -116,6 +120,8 @@ def _by_path(network: str) -> Callable[..., nn.Module]:
         )
     try:
         factory: Callable[..., nn.Module] = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:  # ValueError: no module name
         raise SegraftError(f"network {network!r} cannot be imported ({error}): is its package installed?") from error
+    if not callable(factory):
+        raise SegraftError(f"{network!r} is no class but a {type(factory).__name__}: give 'package.module:Class'.")
     return factory

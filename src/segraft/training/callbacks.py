@@ -38,6 +38,10 @@ class History(Callback):
         self.converged = False
         self._sum, self._steps = torch.zeros(()), 0
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """A training that had converged when it was left does not go on (Lightning forgets that it had)."""
+        trainer.should_stop = trainer.should_stop or self.converged
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Dropout and the like depend on seed and epoch alone."""
         torch.manual_seed(self.seed * 1_000_003 + trainer.current_epoch)

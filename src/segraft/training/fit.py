@@ -1,8 +1,12 @@
 """Running a training to its end, on Lightning."""
 
 import logging
+import pickle
+import signal
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,10 +70,12 @@ def fit(
         console: where the progress bar is drawn; None draws none.
 
     Raises:
-        SegraftError: no checkpoint to resume from; the device is not there; see also `SegmentationTask`.
+        KeyboardInterrupt: Ctrl-C; the checkpoint holds the last full epoch.
+        SegraftError: no checkpoint to resume from, or not a whole one; the device is not there; see also
+            `SegmentationTask`.
     """
-    if resume and not checkpoint.is_file():
-        raise SegraftError(f"{checkpoint} does not exist, so there is nothing to resume: start without --resume.")
+    if resume:
+        _check_checkpoint(checkpoint)
     loader = DataLoader(
         source,
         batch_size=settings.volumes,
@@ -98,13 +104,36 @@ def fit(
             enable_model_summary=False,
             deterministic="warn" if torch.cuda.is_available() else False,
         )
-        trainer.fit(task, loader, ckpt_path=checkpoint if resume else None, weights_only=True if resume else None)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+        with _interruptible(trainer):
+            trainer.fit(task, loader, ckpt_path=checkpoint if resume else None, weights_only=True if resume else None)
     seconds = time.perf_counter() - started
     device = str(trainer.strategy.root_device)
     net.to("cpu").eval()
     return Fit(tuple(history.losses), history.converged, seconds, device)
+
+
+@contextmanager
+def _interruptible(trainer: Trainer) -> Iterator[None]:
+    """Lightning answers Ctrl-C by leaving the process, deaf to further ones: hand it to the caller instead."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        if not trainer.interrupted:
+            raise
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from error
+
+
+def _check_checkpoint(path: Path) -> None:
+    if not path.is_file():
+        raise SegraftError(f"{path} does not exist, so there is nothing to resume: start without --resume.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise SegraftError(f"{path} is not a readable checkpoint: start without --resume.") from error
+    if not isinstance(content, dict) or not {"state_dict", "loops", "callbacks"} <= set(content):
+        raise SegraftError(f"{path} is no checkpoint of a training: start without --resume.")
 
 
 def check_device(device: str) -> str:

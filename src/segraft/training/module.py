@@ -80,10 +80,10 @@ class SegmentationTask(LightningModule):
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _kept(self) -> set[str]:
-        """Keys of what training changes: the trained tensors and all buffers."""
-        buffers = {name for name, _ in self.net.named_buffers()}
-        return {f"net.{name}" for name in self.net.state_dict() if name in self.trained | buffers}
+    def _kept(self) -> dict[str, torch.Size]:
+        """Keys and shapes of what training changes: the trained tensors and all buffers."""
+        kept = self.trained | {name for name, _ in self.net.named_buffers()}
+        return {f"net.{name}": value.shape for name, value in self.net.state_dict().items() if name in kept}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen base out."""
@@ -92,5 +92,5 @@ class SegmentationTask(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another network or adapter."""
-        if set(checkpoint["state_dict"]) != self._kept():
+        if {key: value.shape for key, value in checkpoint["state_dict"].items()} != self._kept():
             raise SegraftError("the checkpoint belongs to another network or adapter: start without --resume.")

@@ -31,7 +31,7 @@ class TrainingSettings(BaseModel):
         precision: `32`, or mixed `bf16` or `16`; weights are composed in float32 always.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     epochs: int = Field(default=100, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)

@@ -1,0 +1,138 @@
+"""Which cases serve: none twice unnoticed, always by patient, recognised by content."""
+
+import json
+import shutil
+
+import pytest
+
+PATTERN = ("--patient-pattern", r"^(p\d+)_")
+
+
+def served(path):
+    return set(json.loads(path.read_text())["cases"])
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory, make_cohort, segraft, tiny):
+    """Six patients with two scans each; a base from two of them, an adapter from two."""
+    work = tmp_path_factory.mktemp("pairs")
+    make_cohort(work / "D", [f"p{patient}_{scan}" for patient in range(6) for scan in "ab"], seed=1)
+    common = ("--data", work / "D", *PATTERN, "--device", "cpu", "--epochs", "1", "--json")
+    base = segraft("pretrain", *common, "--labels", "1", "--cases", "2", "--out", work / "base", *tiny[:2])
+    run = segraft("adapt", *common, "--base", work / "base", "--labels", "2", "--shots", "2", "--out", work / "run")
+    return work, base.json, run.json
+
+
+def patients(cases):
+    return {case.split("_")[0] for case in cases}
+
+
+def test_adapt_prefers_cases_that_did_not_train_the_base(work):
+    pretrained, adapted = served(work / "pretrain.json"), served(work / "adapt.json")
+    assert not pretrained & adapted
+    notes = json.loads((work / "adapt.json").read_text())["notes"]
+    assert any("4 cases of Toy trained the base" in note for note in notes)
+
+
+def test_evaluate_leaves_out_what_trained_adapter_and_base(segraft, work, tmp_path):
+    told = segraft("evaluate", work / "run", "--data", work / "D", "--out", tmp_path, "--json").json["record"]
+    trained = served(work / "pretrain.json") | served(work / "adapt.json")
+    assert set(told["cases"]) == {f"p{number}" for number in range(8)} - trained
+    assert any("3 cases of Toy trained the adapter" in note for note in told["notes"])
+    assert any("trained the base" in note for note in told["notes"])
+
+
+def test_notes_are_shown_to_people(segraft, work, tmp_path):
+    shown = segraft("evaluate", work / "run", "--data", work / "D", "--out", tmp_path)
+    assert "note: 3 cases of Toy trained the adapter" in shown.err
+
+
+def test_where_too_few_others_remain_cases_of_the_base_serve_and_a_note_says_so(segraft, work, tmp_path):
+    told = segraft("evaluate", work / "run", "--data", work / "D", "--cases", "4", "--out", tmp_path, "--json").json
+    assert len(told["record"]["cases"]) == 4
+    assert not set(told["record"]["cases"]) & served(work / "adapt.json")
+    assert any("also trained the base" in note for note in told["record"]["notes"])
+
+
+def test_renamed_files_are_recognised(segraft, work, tmp_path, make_cohort):
+    """A copy of the cohort under other names, in another order, with one case that is new."""
+    names = [f"x{7 - number}" for number in range(8)]
+    make_cohort(tmp_path / "E", [*names, "fresh"], seed=5)
+    for number, name in enumerate(names):
+        for folder in ("imagesTr", "labelsTr"):
+            shutil.copy(work / "D" / folder / f"p{number}.nii.gz", tmp_path / "E" / folder / f"{name}.nii.gz")
+    told = segraft("evaluate", work / "run", "--data", tmp_path / "E", "--out", tmp_path, "--json").json["record"]
+    trained = served(work / "pretrain.json") | served(work / "adapt.json")
+    expected = {f"x{7 - int(case[1:])}" for case in {f"p{number}" for number in range(8)} - trained} | {"fresh"}
+    assert set(told["cases"]) == expected
+
+
+def test_a_base_under_another_name_still_knows_its_cases(segraft, work, tmp_path):
+    (tmp_path / "b.safetensors").write_bytes((work / "base" / "base.safetensors").read_bytes())
+    told = segraft(
+        *("evaluate", work / "run", "--data", work / "D", "--base", tmp_path / "b.safetensors"),
+        *("--out", tmp_path, "--json"),
+    ).json["record"]
+    assert not set(told["cases"]) & served(work / "pretrain.json")
+
+
+def test_all_scans_of_a_patient_serve_together(pairs):
+    _, base, run = pairs
+    for told in (base, run):
+        assert len(patients(told["cases"])) == 2
+        assert len(told["cases"]) == 4
+    assert not patients(base["cases"]) & patients(run["cases"])
+
+
+def test_patients_who_trained_are_left_out_with_all_their_scans(pairs, segraft, tmp_path):
+    work, base, run = pairs
+    told = segraft("evaluate", work / "run", "--data", work / "D", *PATTERN, "--out", tmp_path, "--json").json
+    assert patients(told["record"]["cases"]) == {f"p{n}" for n in range(6)} - patients(base["cases"] + run["cases"])
+
+
+def test_one_known_scan_rules_out_the_patients_others(pairs, segraft, tmp_path, make_cohort):
+    """A follow-up that no model has seen, of a patient whose first scan trained the adapter."""
+    work, _, run = pairs
+    known = run["cases"][0]
+    patient = patients([known]).pop()
+    make_cohort(tmp_path / "F", [f"{patient}_first", f"{patient}_later", "p99_new"], seed=9)
+    shutil.copy(work / "D" / "imagesTr" / f"{known}.nii.gz", tmp_path / "F" / "imagesTr" / f"{patient}_first.nii.gz")
+    shutil.copy(work / "D" / "labelsTr" / f"{known}.nii.gz", tmp_path / "F" / "labelsTr" / f"{patient}_first.nii.gz")
+    told = segraft("evaluate", work / "run", "--data", tmp_path / "F", *PATTERN, "--out", tmp_path, "--json").json
+    assert told["record"]["cases"] == ["p99_new"]
+
+
+def test_the_same_seed_draws_the_same_and_another_another(segraft, work, tmp_path):
+    drawn = []
+    for place, seed in enumerate((1, 1, 2, 3)):
+        told = segraft(
+            *("pretrain", "--data", work / "D", "--labels", "1", "--cases", "3", "--seed", seed, "--epochs", "1"),
+            *("--network-args", '{"widths": [4, 8]}', "--out", tmp_path / str(place), "--json"),
+        )
+        drawn.append(tuple(told.json["cases"]))
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) > 1
+
+
+def test_evaluate_without_cases_that_may_serve(segraft, refused, work, tmp_path, make_cohort):
+    trained = sorted(served(work / "adapt.json"))
+    make_cohort(tmp_path / "E", trained)
+    for name in trained:
+        for folder in ("imagesTr", "labelsTr"):
+            shutil.copy(work / "D" / folder / f"{name}.nii.gz", tmp_path / "E" / folder / f"{name}.nii.gz")
+    says = ["dataset.json", "3 of its 3 cases trained the adapter"]
+    refused("evaluate", work / "run", "--data", tmp_path / "E", "--out", tmp_path / "scores", says=says)
+
+
+def test_evaluate_more_cases_than_may_serve(refused, work, tmp_path):
+    refused(
+        "evaluate", work / "run", "--data", work / "D", "--cases", "6", "--out", tmp_path / "s", says=["6", "has 5"]
+    )
+
+
+def test_fewer_cases_than_shots(refused, work, tmp_path):
+    refused(
+        *("adapt", "--base", work / "base", "--data", work / "D", "--labels", "2", "--shots", "9"),
+        *("--out", tmp_path / "run"),
+        says=["9", "8", "dataset.json"],
+    )

@@ -1,0 +1,31 @@
+"""Cohorts whose scans are a few bytes: enough to be recognised by content."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from segraft.data.cohort import Case, Cohort
+
+MakeCohort = Callable[..., Cohort]
+
+
+@pytest.fixture
+def make_cohort(tmp_path: Path) -> MakeCohort:
+    """make_cohort({id: patient}, contents={id: bytes}): a cohort; without contents each scan is its id."""
+
+    def make(patients: dict[str, str], contents: dict[str, bytes] | None = None) -> Cohort:
+        cases = []
+        for name, patient in patients.items():
+            image = tmp_path / f"{name}.nii.gz"
+            image.write_bytes((contents or {}).get(name, name.encode()))
+            cases.append(Case(name, patient, image, None))
+        return Cohort("Toy", tmp_path / "dataset.json", {1: "core"}, ("CT",), tuple(cases))
+
+    return make
+
+
+@pytest.fixture
+def pairs(make_cohort: MakeCohort) -> Cohort:
+    """Patients a to d with two scans each: a0, a1, b0, …"""
+    return make_cohort({f"{patient}{scan}": patient for patient in "abcd" for scan in (0, 1)})
