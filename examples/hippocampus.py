@@ -6,7 +6,7 @@ serves twice.
 
     python examples/hippocampus.py --data ../shared/data/hippocampus/dataset.json
 
-Writes `results.json` (every number, the cases, seed, versions, cores) and prints one table. A run goes on where it
+Writes `results.json` (every number, the cases, seed, versions, cores) and `results.md`, and prints one table. A run goes on where it
 was stopped: what is finished in `--out` is not done again.
 """
 
@@ -35,6 +35,8 @@ ADAPTATIONS = {
     "none": ("none", "none"),  # the base as it is; last, as it is tested on the cases that the others leave
 }
 """Row -> (adapter method, strategy)."""
+RATE = 3e-3
+"""Learning rate of every training."""
 CASES = {"pretrain": 60, "adapt": 10, "test": 40}
 
 
@@ -61,7 +63,12 @@ def main() -> None:
             labels=["1"],
             cases=CASES["pretrain"],
             settings=TrainingSettings(
-                epochs=arguments.pretrain_epochs, volumes=4, patches=1, seed=arguments.seed, device=arguments.device
+                epochs=arguments.pretrain_epochs,
+                volumes=4,
+                patches=1,
+                learning_rate=RATE,
+                seed=arguments.seed,
+                device=arguments.device,
             ),
             console=console,
         )
@@ -84,7 +91,11 @@ def main() -> None:
         "network": {"name": base.network, "arguments": base.arguments, "fingerprint": base.fingerprint},
         "rank": arguments.rank,
         "seed": arguments.seed,
-        "settings": {"pretrain": base.record["settings"], "adapt_epochs": arguments.adapt_epochs},
+        "settings": {
+            "pretrain": base.record["settings"],
+            "adapt_epochs": arguments.adapt_epochs,
+            "learning_rate": RATE,
+        },
         "patch": base.record["preparation"]["patch"],
         "pretrain_seconds": base.record["training"]["seconds"],
         "machine": {"cores": os.cpu_count(), "device": base.record["training"]["device"]},
@@ -94,8 +105,11 @@ def main() -> None:
     }
     with replacing(arguments.out / "results.json") as aside:
         aside.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    markdown = markdown_of(result)
+    with replacing(arguments.out / "results.md") as aside:
+        aside.write_text(markdown, encoding="utf-8")
     show(rows)
-    print(arguments.out / "results.json")
+    print(arguments.out / "results.json", arguments.out / "results.md", sep="\n")
 
 
 def one(
@@ -118,7 +132,12 @@ def one(
             labels=["2"],
             shots=CASES["adapt"],
             settings=TrainingSettings(
-                epochs=arguments.adapt_epochs, volumes=2, patches=1, seed=arguments.seed, device=arguments.device
+                epochs=arguments.adapt_epochs,
+                volumes=2,
+                patches=1,
+                learning_rate=RATE,
+                seed=arguments.seed,
+                device=arguments.device,
             ),
             console=console,
         )
@@ -151,11 +170,13 @@ def one(
     }
 
 
-def show(rows: list[dict[str, object]]) -> None:
+COLUMNS = ("adaptation", "Dice, mean (SD)", "HD95 mm, mean (SD)", "trained", "file", "epochs", "seconds")
+
+
+def cells(rows: list[dict[str, object]]) -> list[tuple[str, ...]]:
     """The table, best last."""
-    table = Table("adaptation", "Dice, mean (SD)", "HD95 mm, mean (SD)", "trained", "file", "epochs", "seconds")
-    for row in sorted(rows, key=lambda row: sum(row["dice"])):
-        table.add_row(
+    return [
+        (
             row["adaptation"],
             mean_sd(row["dice"]),
             mean_sd(row["hausdorff95_mm"], digits=2),
@@ -164,7 +185,43 @@ def show(rows: list[dict[str, object]]) -> None:
             str(row["epochs"]),
             f"{row['seconds']:.0f}",
         )
+        for row in sorted(rows, key=lambda row: sum(row["dice"]))
+    ]
+
+
+def show(rows: list[dict[str, object]]) -> None:
+    """The table on screen."""
+    table = Table(*COLUMNS)
+    for row in cells(rows):
+        table.add_row(*row)
     Console().print(table)
+
+
+def markdown_of(result: dict[str, object]) -> str:
+    """The table as a page, with what it was made with."""
+    sizes = ", ".join(f"{len(cases)} to {purpose}" for purpose, cases in result["cases"].items())
+    network, machine, made_with = result["network"], result["machine"], result["versions"]
+    lines = [
+        "# Hippocampus: from the anterior to the posterior part",
+        "",
+        "Made by `examples/hippocampus.py`; every number and the names of the cases are in the JSON beside this page.",
+        "",
+        f"{result['what']}. Cases: {sizes}; none serves twice. Network: {network['name']}, {network['arguments']}; "
+        f"patch {result['patch']}; rank {result['rank']}; seed {result['seed']}; learning rate "
+        f"{result['settings']['learning_rate']}; pre-training {result['pretrain_seconds']:.0f} s. "
+        f"{machine['cores']} cores, {machine['device']}; "
+        + ", ".join(f"{name} {version}" for name, version in made_with.items())
+        + ".",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "---|" * len(COLUMNS),
+        *("| " + " | ".join(row) + " |" for row in cells(result["rows"])),
+        "",
+        "One seed and one split: differences smaller than the spread between cases say little. Seconds are those of the "
+        "training alone.",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,15 @@ def test_unmerging_restores_every_bit(kind, method, adapted, snapshot):
     snapshot(kind.net()).assert_holds(net)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["conv2d", "transposed2d-groups"], indirect=True)
+def test_unmerging_keeps_the_precision_of_the_factors(kind, method, adapted, snapshot, dtype):
+    net = adapted(kind, method, dtype, bias="low_rank")
+    before = snapshot(net)
+    unmerge(merge(net))
+    before.assert_holds(net)
+
+
 @pytest.mark.parametrize("kind", ["conv2d", "transposed3d-groups", "attention"], indirect=True)
 @pytest.mark.parametrize("names", [("a", "b"), ("b",), ()], ids=["both", "one", "none"])
 def test_merging_what_is_active(kind, names, randomise):

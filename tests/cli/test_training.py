@@ -83,12 +83,12 @@ def test_a_resumed_pretraining_ends_as_if_it_had_not_stopped(segraft, interrupti
     assert pretrain("parts", "--resume").json["fingerprint"] == whole["fingerprint"]
 
 
-@pytest.mark.xfail(reason="training.fit: Lightning turns a keyboard interrupt into exit code 1", strict=True)
-def test_an_interrupt_from_the_keyboard_says_how_to_go_on(adapt, interrupting):
+def test_an_interrupt_from_the_keyboard_says_how_to_go_on(adapt, interrupting, tmp_path):
     interrupting(1, KeyboardInterrupt())
     outcome = adapt("run")
     assert outcome.code == 130
-    assert "--resume" in outcome.err
+    assert outcome.err == "segraft: interrupted; a training goes on with --resume.\n"
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"last.ckpt", "run.json"}
 
 
 @pytest.mark.parametrize(

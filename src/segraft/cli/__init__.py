@@ -11,6 +11,8 @@ from segraft.errors import SegraftError
 
 __all__ = ["app", "main"]
 
+INTERRUPTED = 130  # what Typer turns Ctrl-C into
+
 for _command in (pretrain, adapt, predict, evaluate, params, inspect, demo):
     app.command()(_command)
 
@@ -25,6 +27,7 @@ def main() -> None:
             print(json.dumps({"error": sentence}))  # noqa: T201
         print(f"segraft: {sentence}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("segraft: interrupted; a training goes on with --resume.", file=sys.stderr)  # noqa: T201
-        raise SystemExit(130) from None
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            print("segraft: interrupted; a training goes on with --resume.", file=sys.stderr)  # noqa: T201
+        raise

@@ -102,7 +102,10 @@ def common(
 
 def training(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the cases.", rich_help_panel=TRAINING)] = 100,
-    learning_rate: Annotated[float, typer.Option(help="The highest one.", rich_help_panel=TRAINING)] = 1e-3,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="The highest one [adapt: 0.003, pretrain: 0.001].", rich_help_panel=TRAINING),
+    ] = None,
     schedule: Annotated[
         Schedule, typer.Option(help="Of the learning rate.", rich_help_panel=TRAINING)
     ] = Schedule.cosine,
@@ -112,7 +115,14 @@ def training(
     ] = "dice_ce",
     volumes: Annotated[int, typer.Option(min=1, help="Scans per step.", rich_help_panel=TRAINING)] = 2,
     patches: Annotated[int, typer.Option(min=1, help="Patches per scan and step.", rich_help_panel=TRAINING)] = 2,
+    foreground: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of patches centred on a label.", rich_help_panel=TRAINING)
+    ] = 0.5,
     augment: Annotated[bool, typer.Option(help="Random flips, turns and contrast.", rich_help_panel=TRAINING)] = True,
+    flip: Annotated[
+        bool,
+        typer.Option(help="Mirror left and right; not for labels with a side.", rich_help_panel=TRAINING),
+    ] = True,
     stop_when_converged: Annotated[
         bool | None,
         typer.Option(
@@ -132,6 +142,8 @@ def training(
         "volumes": volumes,
         "patches": patches,
         "augment": augment,
+        "flip": flip,
+        "foreground": foreground,
         "stop_when_converged": stop_when_converged,
     }
     return {name: value for name, value in said.items() if value is not None}

@@ -100,7 +100,9 @@ def adapt(
         labels=split(labels),
         shots=shots,
         preparation=preparation,
-        settings=check_settings(**{"stop_when_converged": True, **training}, **common.computing(), seed=common.seed),
+        settings=check_settings(
+            **{"stop_when_converged": True, "learning_rate": 3e-3, **training}, **common.computing(), seed=common.seed
+        ),
         patient_pattern=patient_pattern,
         resume=resume,
         overwrite=overwrite,

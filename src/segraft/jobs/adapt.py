@@ -136,6 +136,7 @@ def adapt(
         patches_per_volume=settings.patches,
         foreground_fraction=settings.foreground,
         augment=settings.augment,
+        flip_axes=None if settings.flip else (),
     )
     task = task_record(asked, settled) | {"dataset": cohort.name}
     task["cases"] = {case.id: case.digest() for case in chosen.cases}

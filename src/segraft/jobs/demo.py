@@ -137,8 +137,8 @@ def demo(
     report = write_report(
         out / "report.html",
         title="Segraft demo: from traumatic to subarachnoid blood",
-        lead=f"A U-Net pre-trained on {SOURCE} synthetic heads with traumatic haematomas, adapted to subarachnoid blood "
-        f"from {SHOTS} heads, tested on {TESTS} others.",
+        lead=f"A U-Net pre-trained on {SOURCE} synthetic heads with traumatic haematomas, adapted to subarachnoid "
+        f"blood from {SHOTS} heads, tested on {TESTS} others.",
         notes=[
             STAND_IN,
             "Dice and distances are measured on the scans' own grids.",
@@ -149,7 +149,7 @@ def demo(
         ],
         figures=[
             ("Dice of the test heads", dice_figure({row.name: [r.dice for r in row.results] for row in rows})),
-            *((f"Test head {case.id}", _picture(case, masks[case.id])) for case in tests[:4]),
+            *((f"Test head {case.id}", _picture(case, masks[case.id], cohort.labels)) for case in tests[:4]),
         ],
         details={"seed": seed, "network": f"unet, widths {WIDTHS}, instance norm", "rank": 8, **versions()},
     )
@@ -177,7 +177,7 @@ def _strata(rows: list[_Row]) -> pd.DataFrame:
     return pd.concat([first.iloc[:, :2], *(frame.iloc[:, 2].rename(name) for name, frame in frames.items())], axis=1)
 
 
-def _picture(case: Case, masks: Mapping[str, Mask]) -> bytes:
+def _picture(case: Case, masks: Mapping[str, Mask], labels: Mapping[int, str]) -> bytes:
     """Image, truth and every prediction, all turned to RAS."""
     scan, label = load_case(case)
     upright = nib.as_closest_canonical(scan)
@@ -193,4 +193,5 @@ def _picture(case: Case, masks: Mapping[str, Mask]) -> bytes:
         window=WINDOW_HU,
         spacing_mm=spacing_of(upright.affine),
         title=case.id,
+        labels=labels,
     )

@@ -50,7 +50,8 @@ class RunFolder:
         if self.resume:
             self._hold_against(json.loads(before or "{}"), asked)
         else:
-            self.checkpoint.unlink(missing_ok=True)
+            if self.checkpoint.is_file():
+                self.checkpoint.unlink()
             self._write(json.dumps(asked, indent=2) + "\n")
         try:
             yield

@@ -23,7 +23,8 @@ class TrainingSettings(BaseModel):
         volumes: scans per step; each gives `patches` patches.
         patches: patches per scan and step.
         foreground: share of the patches that are centred on a label.
-        augment: random flips, small rotations and contrast changes.
+        flip: mirror left and right at random; not for labels with a side.
+        augment: random flips, small rotations, zooms and contrast changes.
         stop_when_converged: the validation-free stop of ARENA: when the training loss improved by no more than 1 % of
             its value over 20 epochs.
         seed: of the case order, patches, augmentation and initial factors.
@@ -42,6 +43,7 @@ class TrainingSettings(BaseModel):
     patches: int = Field(default=2, ge=1)
     foreground: float = Field(default=0.5, ge=0, le=1)
     augment: bool = True
+    flip: bool = True
     stop_when_converged: bool = False
     seed: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
