@@ -6,8 +6,8 @@ serves twice.
 
     python examples/hippocampus.py --data ../shared/data/hippocampus/dataset.json
 
-Writes `results.json` (every number, the cases, seed, versions, cores) and `results.md`, and prints one table. A run goes on where it
-was stopped: what is finished in `--out` is not done again.
+Writes `results.json` (every number, the cases, seed, versions, cores) and `results.md`, and prints one table. A run goes
+on where it was stopped: what is finished in `--out` is not done again.
 """
 
 import argparse
@@ -217,8 +217,8 @@ def markdown_of(result: dict[str, object]) -> str:
         "|" + "---|" * len(COLUMNS),
         *("| " + " | ".join(row) + " |" for row in cells(result["rows"])),
         "",
-        "One seed and one split: differences smaller than the spread between cases say little. Seconds are those of the "
-        "training alone.",
+        "One seed and one split: differences smaller than the spread between cases say little.",
+        "Seconds are those of the training alone.",
         "",
     ]
     return "\n".join(lines)
