@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -14,18 +14,23 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it takes `path`'s place, on any error it is removed.
 
     The temporary name ends as `path` does (`.nii.gz`, `.safetensors`), because writers choose the format by it.
-    Parent folders are made.
+    Parent folders are made. The file gets the permissions of any new file, whatever its writer chose.
 
     Raises:
-        SegraftError: the folder cannot be made or written to.
+        SegraftError: the folder cannot be made or written to, or the disk is full.
     """
     path = Path(path)
     aside = path.with_name(f".{uuid4().hex[:12]}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        aside.touch()
+        permissions = aside.stat().st_mode
         yield aside
+        aside.chmod(permissions)
         aside.replace(path)
-    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        raise SegraftError(f"{path} cannot be written ({error.strerror}): choose another output path.") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise SegraftError(f"{path} cannot be written ({reason}): choose another output path.") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)

@@ -144,7 +144,6 @@ def test_weights_of_another_network(refused, work, tmp_path):
     )
 
 
-@pytest.mark.xfail(reason="networks.registry calls whatever a file names before it looks at it", strict=True)
 @pytest.mark.parametrize("network", ["os:system", "subprocess:call"])
 def test_a_base_that_names_no_network_runs_nothing(refused, tmp_path, network):
     """A base file from elsewhere may name anything as its network; only networks may be built."""

@@ -137,7 +137,6 @@ def test_what_the_parser_refuses_ends_with_2_and_without_traceback(segraft, work
     assert not (tmp_path / "base").exists()
 
 
-@pytest.mark.xfail(reason="segraft.atomic: its clean-up raises where a folder on the way is a file", strict=True)
 def test_a_file_where_the_run_folder_should_be(adapt, tmp_path):
     (tmp_path / "taken").write_text("")
     adapt("--out", tmp_path / "taken" / "run", says=[tmp_path / "taken"])

@@ -132,13 +132,11 @@ class TestOutputPaths:
         other = shutil.copy(scan, tmp_path / "more" / scan.name)
         refused("predict", work / "run", scan, other, "-o", tmp_path / "masks", says=[scan.name])
 
-    @pytest.mark.xfail(reason="segraft.atomic: its clean-up raises where a folder on the way is a file", strict=True)
     @pytest.mark.parametrize("below", ["", "deeper"])
     def test_a_file_where_the_folder_should_be(self, refused, work, scan, tmp_path, below):
         (tmp_path / "taken").write_text("")
         refused("predict", work / "run", scan, "-o", tmp_path / "taken" / below, says=[tmp_path / "taken"])
 
-    @pytest.mark.xfail(reason="segraft.atomic: turns only some errors of the file system into its own", strict=True)
     def test_a_folder_where_nothing_can_be_written(self, refused, work, scan):
         refused("predict", work / "run", scan, "-o", "/proc/segraft", says=["/proc/segraft"])
 

@@ -79,9 +79,7 @@ def test_names():
 
 
 def test_arguments_win_over_the_entry_and_the_channels():
-    net = build(
-        "unet3d", in_channels=2, out_channels=3, arguments={"widths": (4, 6), "norm": None, "out_channels": 5}
-    )
+    net = build("unet3d", in_channels=2, out_channels=3, arguments={"widths": (4, 6), "norm": None, "out_channels": 5})
     assert len(net.encoder) == 1
     assert net.head.weight.shape == (5, 4, 1, 1, 1)
     assert NETWORKS["unet3d"].arguments["widths"] == (32, 64, 128, 256)

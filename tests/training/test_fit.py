@@ -149,6 +149,17 @@ def test_progress_is_drawn_where_it_is_asked_for(make_net, source, settings, che
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_network_in_evaluation_mode_trains_like_any_other(make_net, source, settings, checkpoint):
+    """As networks come from `load_base` or an earlier training: dropout and batch statistics are at work again."""
+    results = []
+    for training in (True, False):
+        net = make_net(dropout=True, norm="batch").train(training)
+        fit(net, source, settings(), checkpoint=checkpoint)
+        results.append(dict(net.state_dict()))
+    assert same(*results)
+    assert int(results[0]["net.encoder.0.1.num_batches_tracked"]) == 4
+
+
 # --- what a training leaves alone
 
 

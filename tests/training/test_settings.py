@@ -16,7 +16,7 @@ WRONG = [
     *(("volumes", value) for value in (0, 1.5)),
     *(("patches", value) for value in (0, -2)),
     *(("foreground", value) for value in (-0.01, 1.01, *NOT_A_NUMBER)),
-    *(("augment", value) for value in ("perhaps", 2)),
+    *((name, value) for name in ("augment", "flip") for value in ("perhaps", 2)),
     *(("stop_when_converged", value) for value in ("perhaps", None)),
     *(("seed", value) for value in (-1, 0.5)),
     *(("device", value) for value in ("tpu", "cuda:0")),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from segraft._version import __version__
 from segraft.errors import SegraftError
@@ -47,7 +47,7 @@ def show_json(values: Mapping[str, Any]) -> None:
 
 def show_frame(frame: "pd.DataFrame", title: str) -> None:
     """A table of results, numbers to three digits."""
-    shown = Table(*(str(column) for column in frame.columns), title=title)
+    shown = Table(*(Column(str(name), overflow="fold") for name in frame.columns), title=title)
     for row in frame.itertuples(index=False):
         shown.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row))
     out.print(shown)

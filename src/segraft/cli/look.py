@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from segraft.cli import options
 from segraft.cli.app import json_object, out, show_json, show_line
@@ -89,7 +89,7 @@ def inspect(
     if common.as_json:
         show_json(described)
         return
-    shown = Table("", described["path"])
+    shown = Table("", Column(described["path"], overflow="fold"))
     for name, value in described.items():
         if name == "cases":
             shown.add_row(name, f"{len(value)}: {', '.join(list(value)[:3])}{' …' if len(value) > 3 else ''}")

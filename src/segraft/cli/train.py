@@ -89,7 +89,7 @@ def adapt(
     Example: `segraft adapt --base base --data D/dataset.json --labels 2 --shots 10 --method dora_c --rank 8 --out run`
     """
     from segraft.jobs import adapt as job
-    from segraft.jobs.adapt import BaseSource
+    from segraft.jobs.adapt import ADAPTING, BaseSource
     from segraft.training.settings import check_settings
 
     result = job(
@@ -100,9 +100,7 @@ def adapt(
         labels=split(labels),
         shots=shots,
         preparation=preparation,
-        settings=check_settings(
-            **{"stop_when_converged": True, "learning_rate": 3e-3, **training}, **common.computing(), seed=common.seed
-        ),
+        settings=check_settings(**ADAPTING | training, **common.computing(), seed=common.seed),
         patient_pattern=patient_pattern,
         resume=resume,
         overwrite=overwrite,

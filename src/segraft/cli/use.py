@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from segraft.cli import options
 from segraft.cli.app import err, progress_console, show_frame, show_json, show_line, show_notes, split
@@ -32,7 +32,7 @@ def predict(
     if common.as_json:
         show_json({"masks": [asdict(result) for result in results]})
         return
-    table = Table("scan", "mask", *(f"{name} (mL)" for name in results[0].volumes_ml))
+    table = Table("scan", Column("mask", overflow="fold"), *(f"{name} (mL)" for name in results[0].volumes_ml))
     for result in results:
         table.add_row(result.scan.name, str(result.mask), *(f"{ml:.2f}" for ml in result.volumes_ml.values()))
     console.print(table)

@@ -58,13 +58,14 @@ def load_case(case: Case) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
     return image, label
 
 
-def check_cases(cases: Sequence[Case], cohort: Cohort, asked: Mapping[int, str]) -> None:
+def check_cases(cases: Sequence[Case], cohort: Cohort, asked: Mapping[int, str], *, each_present: bool = True) -> None:
     """Refuse cases that cannot be trained on or evaluated.
 
     Args:
         cases: the cases to be used, among those of `cohort`.
         cohort: says which label values are known.
-        asked: label values and names that must each be in at least one case.
+        asked: label values and names that are to be segmented.
+        each_present: whether each of them must be in at least one case, as training needs.
 
     Raises:
         SegraftError: what `load_case` refuses; a label value that `dataset.json` does not list; an asked label
@@ -82,7 +83,7 @@ def check_cases(cases: Sequence[Case], cohort: Cohort, asked: Mapping[int, str])
             )
         present |= values
     for number, name in asked.items():
-        if number not in present:
+        if each_present and number not in present:
             raise SegraftError(
                 f"label {number} ({name}) is in none of the {len(cases)} training cases of {cohort.path}: "
                 "choose other cases or another label."

@@ -25,6 +25,9 @@ from segraft.networks.bases import FILE_NAME
 from segraft.training.fit import Fit, check_device, fit
 from segraft.training.settings import TrainingSettings
 
+ADAPTING: dict[str, Any] = {"learning_rate": 3e-3, "stop_when_converged": True}
+"""Settings in which adapting differs from the defaults of `TrainingSettings`, unless the user says otherwise."""
+
 
 @dataclass(frozen=True)
 class Adapted:
@@ -107,7 +110,7 @@ def adapt(
         labels: numbers or names; none means all of the cohort.
         shots: patients to draw, of those that did not train the base where there are enough; None means all.
         preparation: of the scans, whole or only the fields that differ from the base's.
-        settings: of the training.
+        settings: of the training; None means the defaults, changed as `ADAPTING` says.
         patient_pattern: regular expression whose first group, searched in a case's id, is the patient.
         resume: go on after the last finished epoch, exactly.
         overwrite: replace an adapter that is there.
@@ -116,7 +119,7 @@ def adapt(
     Raises:
         SegraftError: bad input of any kind; nothing is written then.
     """
-    settings, spec = settings or TrainingSettings(), spec or AdapterSpec("dora_c")
+    settings, spec = settings or TrainingSettings(**ADAPTING), spec or AdapterSpec("dora_c")
     source = base if isinstance(base, BaseSource) else BaseSource(base)
     check_device(settings.device)
     folder = RunFolder(Path(out), ADAPTER_FILE, resume=resume, overwrite=overwrite)

@@ -78,7 +78,7 @@ def evaluate(
         avoid=model.pretrained_on,
         purpose="to evaluate on",
     )
-    check_cases(chosen.cases, cohort, asked)
+    check_cases(chosen.cases, cohort, asked, each_present=False)
     results: list[CaseResult] = []
     shown: Any = chosen.cases
     for case in shown if console is None else track(shown, "evaluating", console=console, transient=True):

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from segraft.data.checks import check_image
 from segraft.data.nifti import list_scans, write_mask
 from segraft.errors import SegraftError
 from segraft.evaluation.metrics import spacing_of, volume_ml
@@ -49,6 +50,8 @@ def predict(
     out = Path(out)
     paths = list_scans([Path(scan) for scan in scans])
     masks = _mask_paths(paths, out, single=len(scans) == 1 and not Path(scans[0]).is_dir())
+    for path in paths:  # all of them before any is segmented, so that a bad one leaves no part of the masks
+        check_image(path)
     if not isinstance(model, Model):
         model = load_model(model, base=base)
     results = []
@@ -66,6 +69,8 @@ def _mask_paths(scans: Sequence[Path], out: Path, *, single: bool) -> list[Path]
     is_file = out.name.endswith((".nii", ".nii.gz"))
     if is_file and not single:
         raise SegraftError(f"{len(scans)} scans need a folder to write to, but {out} is a file name.")
+    if single and not is_file and out.suffix and not out.is_dir():
+        raise SegraftError(f"{out} is no NIfTI name: let the mask end in .nii.gz, or name a folder.")
     masks = [out] if is_file else [out / scan.name for scan in scans]
     for scan, mask in zip(scans, masks, strict=True):
         if mask.resolve() == scan.resolve():

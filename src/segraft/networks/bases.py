@@ -7,6 +7,7 @@ from elsewhere (`.safetensors`, or a PyTorch checkpoint of tensors) are loaded s
 import json
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,7 +173,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise SegraftError(f"{path} is not a readable safetensors file ({error}): is it complete?") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # Of a pickle that is refused anyway torch also says that its protocol is unusual.
+            warnings.filterwarnings("ignore", message=".*pickle protocol.*")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise SegraftError(
             f"{path} holds pickled objects besides tensors, which could run code, so it is not loaded: "

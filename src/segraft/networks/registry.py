@@ -94,8 +94,6 @@ def build(
         ) from error
     except Exception as error:
         raise SegraftError(f"network {network!r} refused its arguments {merged}: {error}.") from error
-    if not isinstance(net, nn.Module):
-        raise SegraftError(f"{network!r} is no torch.nn.Module but a {type(net).__name__}.")
     path = f"{type(net).__module__}.{type(net).__qualname__}"
     if path in FOREIGN_PARTS and not hasattr(net, "parts"):
         net.__dict__["parts"] = FOREIGN_PARTS[path]
@@ -122,6 +120,7 @@ def _by_path(network: str) -> Callable[..., nn.Module]:
         factory: Callable[..., nn.Module] = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:  # ValueError: no module name
         raise SegraftError(f"network {network!r} cannot be imported ({error}): is its package installed?") from error
-    if not callable(factory):
-        raise SegraftError(f"{network!r} is no class but a {type(factory).__name__}: give 'package.module:Class'.")
+    # Files name networks too, and must not be able to name anything that runs: only a module class is called.
+    if not (isinstance(factory, type) and issubclass(factory, nn.Module)):
+        raise SegraftError(f"{network!r} is no class of torch.nn.Module: give 'package.module:Class' of one.")
     return factory

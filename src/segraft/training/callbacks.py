@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
@@ -26,9 +27,9 @@ def has_converged(losses: Sequence[float], *, window: int = 20, tolerance: float
 
 
 class History(Callback):
-    """Mean training loss of every epoch; seeds the global generator per epoch; stops on convergence.
+    """Mean training loss of every epoch; seeds the global generator per step; stops on convergence.
 
-    Its state travels in the checkpoint, and nothing random depends on what happened before an epoch, so that a
+    Its state travels in the checkpoint, and nothing random depends on what happened before a step, so that a
     resumed training continues exactly.
     """
 
@@ -42,10 +43,24 @@ class History(Callback):
         """A training that had converged when it was left does not go on (Lightning forgets that it had)."""
         trainer.should_stop = trainer.should_stop or self.converged
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Dropout and the like depend on seed and epoch alone."""
-        torch.manual_seed(self.seed * 1_000_003 + trainer.current_epoch)
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Count from nothing."""
         self._sum, self._steps = torch.zeros((), device=pl_module.device), 0
+
+    def on_train_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,
+    ) -> None:
+        """Dropout and the like depend on seed, epoch and step alone.
+
+        Seeding the epoch would not do: a data loader draws from the same generator when it is started, which a
+        resumed training does at another moment.
+        """
+        state = np.random.SeedSequence([self.seed, trainer.current_epoch, batch_idx]).generate_state(1, np.uint64)
+        torch.manual_seed(int(state[0]))
 
     def on_train_batch_end(
         self,

@@ -104,6 +104,7 @@ def fit(
             enable_model_summary=False,
             deterministic="warn" if torch.cuda.is_available() else False,
         )
+        net.train()  # Lightning leaves the mode as it finds it
         with _interruptible(trainer):
             trainer.fit(task, loader, ckpt_path=checkpoint if resume else None, weights_only=True if resume else None)
     seconds = time.perf_counter() - started
