@@ -106,9 +106,9 @@ def test_channels_are_passed_only_where_they_are_taken():
         ("torch.nn:NoSuchLayer", {}, "cannot be imported"),
         ("torch.nn:", {}, "cannot be imported"),
         (":Conv2d", {}, "cannot be imported"),
-        ("os:path", {}, "is no class but a module"),
-        ("segraft.networks.unet:CONV", {}, "is no class but a dict"),
-        ("fractions:Fraction", {}, "is no torch.nn.Module but a Fraction"),
+        ("os:path", {}, "is no class of torch.nn.Module"),
+        ("segraft.networks.unet:CONV", {}, "is no class of torch.nn.Module"),
+        ("fractions:Fraction", {}, "is no class of torch.nn.Module"),
         (SEGRESNET, {"no_such_argument": 1}, "refused its arguments"),
         ("torch.nn:Conv2d", {"kernel_size": "wide"}, "refused its arguments"),
         ("unet", {"depth": 3}, "refused its arguments"),
@@ -121,11 +121,19 @@ def test_what_cannot_be_built(network, arguments, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_optional_package_is_one_sentence(monkeypatch):
-    def needy(**_arguments: object) -> nn.Module:
-        raise ImportError("from einops (No module named 'einops').\n\nOriginal traceback:\n…")
+def test_only_module_classes_are_called(tmp_path):
+    """A file may come from anywhere, and names the network that it is built on."""
+    with pytest.raises(SegraftError, match="is no class of torch"):
+        build("os:mkdir", in_channels=1, out_channels=1, arguments={"path": str(tmp_path / "made")})
+    assert not (tmp_path / "made").exists()
 
-    monkeypatch.setattr(nn, "Needy", needy, raising=False)
+
+def test_a_missing_optional_package_is_one_sentence(monkeypatch):
+    class Needy(nn.Module):
+        def __init__(self) -> None:
+            raise ImportError("from einops (No module named 'einops').\n\nOriginal traceback:\n…")
+
+    monkeypatch.setattr(nn, "Needy", Needy, raising=False)
     with pytest.raises(SegraftError, match="needs a package that is not there") as caught:
         build("torch.nn:Needy", in_channels=1, out_channels=1)
     assert "einops" in str(caught.value)

@@ -50,10 +50,10 @@ def predict(
     out = Path(out)
     paths = list_scans([Path(scan) for scan in scans])
     masks = _mask_paths(paths, out, single=len(scans) == 1 and not Path(scans[0]).is_dir())
-    for path in paths:  # all of them before any is segmented, so that a bad one leaves no part of the masks
-        check_image(path)
     if not isinstance(model, Model):
         model = load_model(model, base=base)
+    for path in paths:  # all of them before any is segmented, so that a bad one leaves no part of the masks
+        check_image(path)
     results = []
     pairs = list(zip(paths, masks, strict=True))
     for scan, mask_path in pairs if console is None else track(pairs, "segmenting", console=console, transient=True):
