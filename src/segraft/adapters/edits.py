@@ -72,7 +72,8 @@ class LowRank(Edit):
 
     def delta(self) -> Tensor:
         """scaling·ΔW, shaped as the adapted (block of the) weight."""
-        return self.scaling * self.contraction(self.factors())
+        factors = self.factors()
+        return self.scaling * self.contraction([factor.to(composing_dtype(factor.dtype)) for factor in factors])
 
     def forward(self, value: Tensor) -> Tensor:
         """The adapted weight, in at least float32."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from segraft._version import __version__
-from segraft.adapters.graft import Net, graft, grafted_layers, record_of, ungraft
+from segraft.adapters.graft import RECORD, Net, activate, graft, grafted_layers, record_of, ungraft
 from segraft.adapters.grafted import grafts_of
 from segraft.adapters.selection import base_parameters, modules_by_name
 from segraft.adapters.spec import AdapterSpec
@@ -134,21 +134,22 @@ def read_header(path: str | os.PathLike[str]) -> AdapterHeader:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        header = json.loads(metadata["segraft"])
-        if header["format"] > FORMAT:
-            raise SegraftError(f"{path} was written by segraft {header['version']}: update segraft to read it.")
-        return AdapterHeader(
-            path,
-            AdapterSpec.from_dict(header["spec"]),
-            header["base"],
-            header["record"],
-            header["version"],
-            tensors,
-        )
+        return _header(path, json.loads(metadata["segraft"]), tensors)
     except (SafetensorError, OSError) as error:
         raise SegraftError(f"{path} is not a readable safetensors file ({error}): is it complete?") from error
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except SegraftError as error:
+        raise SegraftError(f"{path} cannot be used: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SegraftError(f"{path} is no adapter file: its header does not hold what segraft writes.") from error
+
+
+def _header(path: Path, header: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> AdapterHeader:
+    if header["format"] > FORMAT:
+        raise SegraftError(f"it was written by segraft {header['version']}: update segraft to read it.")
+    if not isinstance(header["base"], str) or not isinstance(header["record"], dict):
+        raise TypeError
+    spec = AdapterSpec.from_dict(header["spec"])
+    return AdapterHeader(path, spec, header["base"], header["record"], header["version"], tensors)
 
 
 def load(net: Net, path: str | os.PathLike[str], name: str = "default") -> Net:
@@ -167,20 +168,33 @@ def load(net: Net, path: str | os.PathLike[str], name: str = "default") -> Net:
             f"{header.path} was trained on a base with fingerprint {header.fingerprint[:16]}, this network's is "
             f"{ours[:16]}: use the base that it was trained on."
         )
-    graft(net, header.spec, name)
+    loaded = load_file(header.path)
+    before = net.__dict__.get(RECORD)
+    active, trainable = () if before is None else before.active, {p: p.requires_grad for p in net.parameters()}
+    try:
+        graft(net, header.spec, name)
+    except SegraftError as error:
+        raise SegraftError(f"{header.path} does not fit this network: {error}") from error
     tensors = adapter_tensors(net, name)
-    problem = _difference({key: tuple(value.shape) for key, value in tensors.items()}, header.tensors)
+    problem = _difference(_forms(tensors), _forms(loaded))
     if problem:
         ungraft(net, name)
+        if before is not None and before.specs:
+            activate(net, active)
+            for parameter, flag in trainable.items():
+                parameter.requires_grad_(flag)
         raise SegraftError(f"{header.path} does not fit this network: {problem}.")
-    loaded = load_file(header.path)
     with torch.no_grad():
         for key, value in tensors.items():
             value.copy_(loaded[key])
     return net
 
 
-def _difference(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[object, ...]]:
+    return {key: (value.is_floating_point(), value.is_complex(), *value.shape) for key, value in tensors.items()}
+
+
+def _difference(wanted: Mapping[str, tuple[object, ...]], found: Mapping[str, tuple[object, ...]]) -> str:
     missing = [key for key in wanted if key not in found]
     unexpected = [key for key in found if key not in wanted]
     reshaped = [key for key in wanted if key in found and wanted[key] != found[key]]
@@ -189,7 +203,7 @@ def _difference(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple
         for what, keys in (
             ("are missing", missing),
             ("are unexpected", unexpected),
-            ("have another shape", reshaped),
+            ("have another shape or type", reshaped),
         )
         if keys
     ]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from segraft.adapters.edits import BiasFactor, Edit, LowRank, Replacement
-from segraft.adapters.grafted import attach, base_tensor, detach, grafts_of, is_grafted
+from segraft.adapters.grafted import LayerGrafts, attach, base_tensor, detach, grafts_of, is_grafted
 from segraft.adapters.selection import (
     SelectedTensor,
     SelectedWeight,
@@ -77,11 +77,17 @@ def graft(net: Net, spec: AdapterSpec, name: str = "default", *, seed: int = 0) 
     Raises:
         SegraftError: the name is taken, a place matches nothing, a layer cannot be adapted. Nothing has changed then.
     """
-    if not name or "." in name:
-        raise SegraftError(f"adapter name {name!r}: give a name without dots.")
+    if not name or "." in name or hasattr(LayerGrafts(), name):
+        raise SegraftError(f"adapter name {name!r}: give another one, without dots.")
     record: GraftRecord = net.__dict__.get(RECORD) or GraftRecord()
     if name in record.specs:
         raise SegraftError(f"an adapter named {name!r} is already grafted: choose another name, or ungraft that one.")
+    for layer_name, layer in grafted_layers(net):
+        if not record.specs.keys() >= grafts_of(layer).keys():
+            raise SegraftError(
+                f"layer {layer_name!r} has an adapter that was grafted on a part of this network, or on a network "
+                "around it: ungraft it there first."
+            )
     whole = select_tensors(net, spec.train)
     weights = select_weights(net, spec, whole)
     additions = _build(net, spec, weights, whole, seed)

@@ -15,6 +15,14 @@ ATTRIBUTE = "grafts"
 """Name of the submodule, on every grafted layer, that holds {adapter name: {key: Edit}}."""
 
 
+class Edits(nn.ModuleDict):
+    """What one adapter does to one layer, by key; a key may be any name, also one that ModuleDict has itself."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As ModuleDict's, without its refusal of keys such as `keys`: edits are read through `_modules` alone."""
+        self._modules[name] = module  # type: ignore[assignment]
+
+
 class LayerGrafts(nn.ModuleDict):
     """The adapters of one layer, by name, and which of them are active, in order."""
 
@@ -93,7 +101,7 @@ def _rebuild(base: type[nn.Module], tensors: frozenset[str]) -> nn.Module:
 def _reduce(layer: nn.Module, _protocol: Any) -> tuple[Callable[..., nn.Module], tuple[Any, ...], dict[str, Any]]:
     """Copy and pickle by base class and tensor names, as the generated class has no import path."""
     cls: Any = type(layer)
-    return _rebuild, (cls.segraft_base, cls.segraft_tensors), layer.__dict__
+    return _rebuild, (cls.segraft_base, cls.segraft_tensors), layer.__getstate__()  # type: ignore[no-untyped-call]
 
 
 _CLASSES: dict[tuple[type[nn.Module], frozenset[str]], type[nn.Module]] = {}
@@ -119,7 +127,7 @@ def attach(layer: nn.Module, name: str, edits: dict[str, Edit]) -> None:
     """Put adapter `name`, made of `edits`, on the layer."""
     if not is_grafted(layer):
         layer.add_module(ATTRIBUTE, LayerGrafts())
-    grafts_of(layer)[name] = nn.ModuleDict(edits)
+    grafts_of(layer)[name] = Edits(edits)
     refresh_class(layer)
 
 

@@ -26,6 +26,10 @@ class WeightSlot:
     transposed: bool = False
     groups: int = 1
 
+    def edited(self, *, bias: bool) -> tuple[str, ...]:
+        """The tensors that an adapter changes, with or without the bias."""
+        return (self.weight, self.bias) if bias and self.bias is not None else (self.weight,)
+
     def by_output_channel(self, weight: Tensor, dim: int | None) -> Tensor:
         """View of `weight` as [g, a, c, b], where (g, c) counts the channels that carry a magnitude.
 
@@ -40,9 +44,9 @@ class WeightSlot:
 def weight_slots(layer: nn.Module) -> tuple[WeightSlot, ...]:
     """The adaptable weights of `layer`; empty for a layer that is neither linear, convolution nor attention."""
     if isinstance(layer, nn.MultiheadAttention):
-        if layer._parameters["in_proj_weight"] is None:
-            return tuple(WeightSlot(name, None) for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"))
-        return (WeightSlot("in_proj_weight", None if layer.in_proj_bias is None else "in_proj_bias"),)
+        shared = None if layer.in_proj_bias is None else "in_proj_bias"
+        apart = () if layer._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return tuple(WeightSlot(name, shared) for name in apart or ("in_proj_weight",))
     if isinstance(layer, nn.Linear):
         return (WeightSlot("weight", None if layer.bias is None else "bias"),)
     if isinstance(layer, nn.modules.conv._ConvNd):

@@ -49,9 +49,11 @@ def merge(net: Net, *, reversible: bool = True) -> Net:
         reversible: keep the base weights and the adapters aside for `unmerge`. False frees them.
 
     Raises:
-        SegraftError: nothing is grafted on it.
+        SegraftError: nothing is grafted on it, or an earlier merge can still be undone.
     """
     record = record_of(net)
+    if reversible and MERGED in net.__dict__:
+        raise SegraftError("this network holds an earlier merge that could not be undone then: pass reversible=False.")
     layers = []
     for _, layer in list(grafted_layers(net)):
         grafts = grafts_of(layer)
@@ -85,6 +87,12 @@ def unmerge(net: Net) -> Net:
         raise SegraftError("another adapter was grafted after merging: ungraft it first.")
     for item in merged.layers:
         for tensor, value in item.base.items():
+            present = base_tensor(item.layer, tensor)
+            if value.device != present.device:
+                item.grafts.to(present.device)
+            if value.dtype != present.dtype:
+                item.grafts.to(present.dtype)
+            value.data = value.data.to(present)
             set_base_tensor(item.layer, tensor, value)
         item.layer.add_module(ATTRIBUTE, item.grafts)
         refresh_class(item.layer)

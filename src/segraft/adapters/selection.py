@@ -12,6 +12,7 @@ from itertools import pairwise
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 from segraft.adapters.grafted import ATTRIBUTE, LayerGrafts
 from segraft.adapters.layers import WeightSlot, row_block, weight_slots, why_not
@@ -126,6 +127,9 @@ def select_tensors(net: nn.Module, selectors: Sequence[str]) -> list[SelectedTen
                     continue
                 matched = True
                 name = names[module][0]
+                reason = why_not(module, tensor)
+                if reason:
+                    raise SegraftError(f"{_join(name, tensor)} cannot be trained: {reason}.")
                 _refuse_shared(owners[id(value)], _join(name, tensor))
                 chosen[id(module), tensor] = SelectedTensor(module, name, tensor)
         if not matched:
@@ -138,7 +142,7 @@ def select_statistics(net: nn.Module) -> list[SelectedTensor]:
     return [
         SelectedTensor(module, names[0], tensor)
         for module, names in modules_by_name(net).items()
-        if isinstance(module, _NormBase) and module.track_running_stats
+        if isinstance(module, _NormBase) and module.track_running_stats and not _refuse_lazy(module, names[0])
         for tensor, value in module._buffers.items()
         if value is not None
     ]
@@ -164,7 +168,8 @@ def select_weights(net: nn.Module, spec: AdapterSpec, trained_whole: Sequence[Se
         slots = weight_slots(module)
         if not (slots or (targets is not None and _is_unknown_layer(module))):
             continue
-        if not (targets is None or targets.matching(module_names)) or exclude.matching(module_names):
+        excluded = exclude.matching(module_names)  # asked of every layer, so that no exclusion counts as unused
+        if excluded or (targets is not None and not targets.matching(module_names)):
             continue
         if not slots:
             raise SegraftError(
@@ -176,7 +181,7 @@ def select_weights(net: nn.Module, spec: AdapterSpec, trained_whole: Sequence[Se
         for slot in slots:
             if (id(module), slot.weight) in whole and targets is None:
                 continue
-            _refuse(module, module_names[0], slot, owners, whole)
+            _refuse(module, module_names[0], slot.edited(bias=spec.bias != "frozen"), owners, whole)
             rows = _blocks(module, module_names[0], slot, blocks)
             chosen.append(SelectedWeight(module, module_names[0], slot, rank, rows))
     for places in (targets or exclude, exclude, ranks, slices):
@@ -238,16 +243,19 @@ def _refuse_shared(owners: Sequence[str], name: str) -> None:
 def _refuse(
     module: nn.Module,
     name: str,
-    slot: WeightSlot,
+    tensors: Sequence[str],
     owners: Mapping[int, Sequence[str]],
     whole: AbstractSet[tuple[int, str]],
 ) -> None:
-    if (id(module), slot.weight) in whole:
-        raise SegraftError(f"{_join(name, slot.weight)} is both a target and trained whole: choose one.")
-    reason = why_not(module, slot.weight)
-    if reason:
-        raise SegraftError(f"layer {name!r} ({type(module).__name__}) cannot be adapted: {reason}.")
-    _refuse_shared(owners[id(module._parameters[slot.weight])], _join(name, slot.weight))
+    for tensor in tensors:
+        if (id(module), tensor) in whole:
+            if tensor.endswith("bias"):
+                continue  # `train` names it, so the spec's `bias` leaves it alone
+            raise SegraftError(f"{_join(name, tensor)} is both a target and trained whole: choose one.")
+        reason = why_not(module, tensor)
+        if reason:
+            raise SegraftError(f"layer {name!r} ({type(module).__name__}) cannot be adapted: {reason}.")
+        _refuse_shared(owners[id(module._parameters[tensor])], _join(name, tensor))
 
 
 def _is_unknown_layer(module: nn.Module) -> bool:
@@ -269,3 +277,12 @@ def _blocks(
     if any(first[1] > second[0] for first, second in pairwise(ordered)):
         raise SegraftError(f"the slices {', '.join(blocks)} of {name!r} overlap.")
     return found
+
+
+def _refuse_lazy(norm: nn.Module, name: str) -> bool:
+    if any(value is not None and is_lazy(value) for value in norm._buffers.values()):
+        raise SegraftError(
+            f"layer {name!r} ({type(norm).__name__}) cannot be adapted: it is lazy and has no shape yet: "
+            "run one forward pass first."
+        )
+    return False

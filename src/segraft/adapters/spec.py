@@ -1,5 +1,6 @@
 """What to graft: `AdapterSpec`, and the papers' methods as presets of it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
@@ -91,17 +92,19 @@ class AdapterSpec:
                 settle(self, name, getattr(preset, name))
         for name in ("targets", "exclude", "train"):
             value = getattr(self, name)
-            if value is not None:
-                settle(self, name, (value,) if isinstance(value, str) else tuple(value))
+            if value is not None or name != "targets":
+                settle(self, name, (value,) if isinstance(value, str) else () if value is None else tuple(value))
         settle(self, "ranks", dict(self.ranks))
         settle(
             self,
             "slices",
             {place: (s,) if isinstance(s, str) else tuple(s) for place, s in self.slices.items()},
         )
-        self._check()
+        self._check_options()
+        self._check_places()
+        self._check_ranks()
 
-    def _check(self) -> None:
+    def _check_options(self) -> None:
         if self.factorisation is not None and self.factorisation not in FORMULAS:
             raise SegraftError(f"unknown factorisation {self.factorisation!r}: choose one of {', '.join(FORMULAS)}.")
         if self.scale not in ("alpha/r", "alpha/sqrt(r)"):
@@ -110,14 +113,30 @@ class AdapterSpec:
             raise SegraftError(f"unknown bias setting {self.bias!r}: choose 'frozen', 'low_rank' or 'train'.")
         if self.magnitude_dim not in (None, 0):
             raise SegraftError(f"magnitude_dim {self.magnitude_dim!r}: it is None (true output channels) or 0.")
-        if self.alpha is not None and not self.alpha > 0:
-            raise SegraftError(f"alpha is {self.alpha!r}: it must be above zero.")
-        for where, rank in {"": self.rank, **self.ranks}.items():
+        if self.alpha is not None and not (isinstance(self.alpha, int | float) and 0 < self.alpha < math.inf):
+            raise SegraftError(f"alpha is {self.alpha!r}: it must be a number above zero.")
+
+    def _check_places(self) -> None:
+        for name in ("targets", "exclude", "train"):
+            if not all(isinstance(place, str) for place in getattr(self, name) or ()):
+                raise SegraftError(f"{name} is {getattr(self, name)!r}: it must be names or regular expressions.")
+        if not all(isinstance(place, str) for place in (*self.ranks, *self.slices)):
+            raise SegraftError("the keys of ranks and slices must be names or regular expressions.")
+        for place, blocks in self.slices.items():
+            if not blocks or not all(isinstance(block, str) for block in blocks):
+                raise SegraftError(f"the slices of {place!r} are {blocks!r}: write 'j/n', such as '2/3'.")
+        if self.factorisation is None and (
+            self.targets or self.exclude or self.ranks or self.slices or self.magnitude or self.bias != "frozen"
+        ):
+            raise SegraftError(
+                "method 'none' has no factors, so targets, exclude, ranks, slices, magnitude and bias have no meaning "
+                "with it."
+            )
+
+    def _check_ranks(self) -> None:
+        for what, rank in (("rank", self.rank), *((f"rank for {place!r}", r) for place, r in self.ranks.items())):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                place = f" for {where!r}" if where else ""
-                raise SegraftError(f"rank{place} is {rank!r}: it must be a whole number of at least 1.")
-        if self.factorisation is None and (self.targets or self.ranks or self.slices):
-            raise SegraftError("method 'none' has no factors, so targets, ranks and slices have no meaning with it.")
+                raise SegraftError(f"{what} is {rank!r}: it must be a whole number of at least 1.")
 
     def scaling(self, rank: int) -> float:
         """The factor in front of ΔW at `rank`: α/R, or α/√R where `scale` says so."""
