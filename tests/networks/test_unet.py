@@ -111,6 +111,17 @@ def test_every_skip_and_level_reaches_the_output():
     assert all(value.grad.abs().sum() > 0 for name, value in net.named_parameters() if name.endswith("weight"))
 
 
+def test_the_forward_pass_written_out():
+    """Base files hold weights for this very order: the skip before what comes up."""
+    torch.manual_seed(0)
+    net, image, relu = UNet(1, 2, widths=(2, 3)), torch.rand(1, 1, 4, 4), nn.functional.relu
+    fine, coarse, merged = net.encoder[0], net.bottleneck, net.decoder[0]
+    skip = relu(fine[2](relu(fine[0](image))))
+    low = relu(coarse[2](relu(coarse[0](nn.functional.max_pool2d(skip, 2)))))
+    joined = torch.cat([skip, net.upsampling[0](low)], dim=1)
+    assert torch.equal(net(image), net.head(relu(merged[2](relu(merged[0](joined))))))
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dims", [2, 3])
 def test_parts_cover_every_parameter_once(dims, norm):

@@ -10,7 +10,8 @@ from monai.transforms import SpatialResample
 from numpy.typing import NDArray
 
 _WHOLE_VOXEL_TOLERANCE = 1e-2  # of a voxel, anywhere on the grid: what float32 headers blur
-_EDGE_TOLERANCE = 1e-3  # of a voxel
+_REACH = {"bilinear": 1.0 + 1e-3, "nearest": 0.5 + 1e-3}
+"""How far beyond the outermost centres the outermost value holds, in voxels."""
 
 
 def resample(
@@ -24,8 +25,8 @@ def resample(
     """Sample `values` at the voxel centres of another grid.
 
     Where every target voxel centre is a source voxel centre (axes flipped, permuted or cropped), values are
-    copied and come out bit for bit. Else they are interpolated; between the outermost source centres and the
-    outer faces of their voxels the outermost value holds. Outside the source grid the result is 0.
+    copied and come out bit for bit. Else they are interpolated. Beyond the outermost source centres the outermost value
+    holds, for half a voxel ("nearest") or a whole one ("bilinear"), and the result is 0 further out.
 
     Args:
         values: [C, X, Y, Z].
@@ -46,7 +47,7 @@ def resample(
     sampler = SpatialResample(mode=mode, padding_mode="border", align_corners=False, dtype=torch.float32)
     sampled = sampler(source, dst_affine=torch.as_tensor(to_affine, dtype=torch.float64), spatial_size=tuple(shape))
     result: torch.Tensor = sampled.as_tensor()
-    return result * _inside(values, shape, between).to(result)
+    return result * _inside(values, shape, between, _REACH[mode]).to(result)
 
 
 def _corners(shape: Sequence[int]) -> NDArray[np.float64]:
@@ -74,16 +75,16 @@ def _copy(values: torch.Tensor, shape: Sequence[int], whole: NDArray[np.int_]) -
     return result.contiguous()
 
 
-def _inside(values: torch.Tensor, shape: Sequence[int], between: NDArray[np.float64]) -> torch.Tensor:
-    """Which target voxel centres lie within the boxes of the source's voxels, [*shape] bool.
+def _inside(values: torch.Tensor, shape: Sequence[int], between: NDArray[np.float64], reach: float) -> torch.Tensor:
+    """Which target voxel centres lie at most `reach` source voxels beyond the outermost source centres, [*shape] bool.
 
-    The tolerance keeps a centre that lies on the very face of the last voxel, as happens to the last slice
-    whenever an even number of slices is resampled to twice the spacing.
+    A whole voxel for probabilities: resampling rounds the number of voxels, so the scan's own outermost centres can
+    lie that far outside the resampled ones; dropped, the first and last slice of such a scan could not be segmented.
     """
     axes = [np.arange(size, dtype=np.float32) for size in shape]
     inside = np.ones(tuple(shape), dtype=bool)
     for row, size in zip(between[:3], values.shape[1:], strict=True):
         x, y, z = (np.float32(factor) * axis for factor, axis in zip(row[:3], axes, strict=True))
         place = x[:, None, None] + y[:, None] + z + np.float32(row[3])
-        inside &= (place > -0.5 - _EDGE_TOLERANCE) & (place < size - 0.5 + _EDGE_TOLERANCE)
+        inside &= (place > -reach) & (place < size - 1 + reach)
     return torch.as_tensor(inside, device=values.device)
