@@ -6,8 +6,8 @@ serves twice.
 
     python examples/hippocampus.py --data ../shared/data/hippocampus/dataset.json
 
-Writes `results.json` (every number, the cases, seed, versions, cores) and `results.md`, and prints one table. A run goes
-on where it was stopped: what is finished in `--out` is not done again.
+Writes `results.json` (every number, the cases, seed, versions, cores) and `results.md`, and prints one table. A run
+goes on where it was stopped: what is finished in `--out` is not done again.
 """
 
 import argparse

@@ -13,7 +13,8 @@ from scipy import ndimage
 
 from segraft.data import phantom
 from segraft.data.cohort import Cohort
-from segraft.data.phantom import SHAPE, SPACING_MM, STRATA_ML, Task, head, write_cohort
+from segraft.data.phantom import SHAPE, SPACING_MM, Task, head, write_cohort
+from segraft.data.strata import STRATA_ML
 from segraft.errors import SegraftError
 
 TASKS = get_args(Task)

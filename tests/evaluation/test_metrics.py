@@ -11,8 +11,9 @@ from hypothesis.extra import numpy as hnp
 from monai.metrics import compute_hausdorff_distance
 from scipy.spatial.distance import cdist
 
+from segraft.data.strata import STRATA_ML
 from segraft.errors import SegraftError
-from segraft.evaluation.metrics import STRATA_ML, dice, hausdorff95_mm, spacing_of, strata, stratum, volume_ml
+from segraft.evaluation.metrics import dice, hausdorff95_mm, spacing_of, strata, stratum, volume_ml
 
 spacings = st.tuples(*[st.floats(0.3, 6)] * 3)
 shapes = hnp.array_shapes(min_dims=3, max_dims=3, min_side=2, max_side=6)

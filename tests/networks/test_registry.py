@@ -5,11 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from monai.networks.blocks import selfattention
 from monai.networks.nets import SegResNet
 from torch import nn
 
-from segraft.adapters import AdapterSpec, adapter_tensors, graft, parts_of
+from segraft.adapters import AdapterSpec, adapter_tensors, graft, parts_of, require_gradients
 from segraft.adapters.selection import base_parameters
 from segraft.errors import SegraftError
 from segraft.networks import NETWORKS, UNet, build
@@ -20,7 +19,7 @@ SMALL = {
     "monai.networks.nets.basic_unet.BasicUNet": {"features": (4, 4, 8, 8, 8, 4)},
     "monai.networks.nets.swin_unetr.SwinUNETR": {"feature_size": 12},
     "monai.networks.nets.unetr.UNETR": {
-        "img_size": (32, 32, 32),
+        "img_size": (64, 32, 32),
         "feature_size": 4,
         "hidden_size": 24,
         "mlp_dim": 32,
@@ -35,18 +34,12 @@ def foreign(path: str) -> nn.Module:
     return build(f"{module}:{name}", in_channels=1, out_channels=2, arguments=SMALL[path])
 
 
-@pytest.fixture
-def rearranging(monkeypatch):
-    """UNETR's attention rearranges with einops, which holds no parameters and may be absent."""
-    monkeypatch.setattr(selfattention, "Rearrange", lambda *_args, **_sizes: nn.Identity())
-
-
 class NoArguments(nn.Module):
     """Takes no channels."""
 
 
 @pytest.mark.parametrize("path", FOREIGN_PARTS)
-def test_parts_of_foreign_networks_cover_every_parameter_once(path, rearranging):
+def test_parts_of_foreign_networks_cover_every_parameter_once(path):
     net = foreign(path)
     assert parts_of(net) == FOREIGN_PARTS[path]
     prefixes = [prefix for part in net.parts.values() for prefix in part]
@@ -58,11 +51,24 @@ def test_parts_of_foreign_networks_cover_every_parameter_once(path, rearranging)
 
 @pytest.mark.parametrize("path", FOREIGN_PARTS)
 @pytest.mark.parametrize("part", ["encoder", "decoder", "head"])
-def test_parts_of_foreign_networks_can_be_trained(path, part, rearranging):
+def test_parts_of_foreign_networks_can_be_trained(path, part):
     net = graft(foreign(path), AdapterSpec("none", train=part))
     owners = {name.split(".")[0] for name in adapter_tensors(net, "default")}
     assert owners <= set(FOREIGN_PARTS[path][part])
     assert owners
+
+
+@pytest.mark.parametrize("path", FOREIGN_PARTS)
+def test_foreign_networks_adapt_from_where_they_are(path):
+    """The fresh adapter changes nothing, and every factor takes part in a training step."""
+    net = foreign(path).eval().requires_grad_(requires_grad=False)
+    image = torch.rand(1, 1, 64, 32, 32, generator=torch.Generator().manual_seed(0))
+    before = net(image)
+    graft(net, AdapterSpec("dora_c", rank=2))
+    after = net(image)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
+    after.square().mean().backward()
+    require_gradients(net)
 
 
 def test_parts_of_foreign_networks_do_not_enter_the_state_dict():

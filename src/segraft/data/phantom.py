@@ -19,13 +19,11 @@ from segraft.data import phantom_anatomy as anatomy
 from segraft.data import phantom_bleeding as bleeding
 from segraft.data import phantom_painting as painting
 from segraft.data.phantom_anatomy import Floats, Patient
+from segraft.data.strata import STRATA_ML
 from segraft.errors import SegraftError
 
 Task = Literal["traumatic", "subarachnoid"]
 Triple = tuple[float, float, float]
-
-STRATA_ML = ((0, 25), (25, 50), (50, 100), (100, 300))
-"""The annotated volume of case k lies in stratum k mod 4: above the first number, up to the second (mL)."""
 
 SHAPE = (96, 96, 20)
 SPACING_MM = (2.2, 2.2, 7.0)

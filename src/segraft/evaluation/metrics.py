@@ -23,12 +23,10 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from scipy.spatial import KDTree
 
+from segraft.data.strata import STRATA_ML
 from segraft.errors import SegraftError
 
 Mask = NDArray[np.bool_]
-
-STRATA_ML: tuple[tuple[int, int], ...] = ((0, 25), (25, 50), (50, 100), (100, 300))
-"""Annotated volumes in mL that results are told apart by: above the first, up to and including the second."""
 
 NO_VOLUME = "none"
 

@@ -123,7 +123,7 @@ def summary(results: Iterable[CaseResult]) -> pd.DataFrame:
 
 
 def by_stratum(results: Iterable[CaseResult]) -> pd.DataFrame:
-    """Return Dice by annotated volume: one row per stratum of `metrics.STRATA_ML`, empty ones included.
+    """Return Dice by annotated volume: one row per stratum of `segraft.data.strata.STRATA_ML`, empty ones included.
 
     "none" (nothing annotated) and ">300" have a row only if there are such cases. Index: `stratum_ml`;
     columns: `n` ((case, label) rows), `dice_mean`, `dice_sd` (n - 1 in the denominator; NaN for a single case).

@@ -11,15 +11,13 @@ from torch import nn
 
 from segraft import adapters
 from segraft.adapters import AdapterSpec, ParameterTable, parameter_table
-from segraft.data.checks import check_cases
 from segraft.data.cohort import Cohort
-from segraft.data.patches import PatchSource
 from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
 from segraft.jobs.cases import choose
-from segraft.jobs.model import ADAPTER_FILE, build_from, task_record
-from segraft.jobs.preparing import check_network, settle_preparation
+from segraft.jobs.model import ADAPTER_FILE, build_from
 from segraft.jobs.run_folder import RunFolder, versions
+from segraft.jobs.training_set import training_set
 from segraft.networks import load_base, load_weights
 from segraft.networks.bases import FILE_NAME
 from segraft.training.fit import Fit, check_device, fit
@@ -128,30 +126,24 @@ def adapt(
     net, described, inherited, pretrained_on = source.load(len(asked))
     adapters.graft(net, spec, seed=settings.seed)
     chosen = choose(cohort, shots, seed=settings.seed, never={}, avoid=pretrained_on, purpose="to adapt to")
-    check_cases(chosen.cases, cohort, asked)
-    settled = settle_preparation(preparation, inherited, net, chosen.cases)
-    check_network(net, settled.patch, len(asked))
-    patches = PatchSource(
+    given = training_set(
+        cohort,
         chosen.cases,
-        settled,
-        list(asked),
-        seed=settings.seed,
-        patches_per_volume=settings.patches,
-        foreground_fraction=settings.foreground,
-        augment=settings.augment,
-        flip_axes=None if settings.flip else (),
+        asked,
+        net=net,
+        preparation=preparation,
+        inherited=inherited,
+        settings=settings,
     )
-    task = task_record(asked, settled) | {"dataset": cohort.name}
-    task["cases"] = {case.id: case.digest() for case in chosen.cases}
     base_record = described | {"fingerprint": adapters.fingerprint(net)}
     base_record["path"] = _relative(Path(described["path"]), folder.path)
-    request = {"base": base_record, "spec": spec.to_dict(), "settings": settings.model_dump(mode="json"), **task}
+    request = {"base": base_record, "spec": spec.to_dict(), "settings": settings.model_dump(mode="json"), **given.task}
     with folder.training(request):
         training = fit(
-            net, patches, settings, checkpoint=folder.checkpoint, resume=resume, title="adapting", console=console
+            net, given.source, settings, checkpoint=folder.checkpoint, resume=resume, title="adapting", console=console
         )
         counted = parameter_table(net)
-        record = task | {
+        record = given.task | {
             "base": base_record,
             "settings": settings.model_dump(mode="json"),
             "training": asdict(training),

@@ -83,15 +83,14 @@ def check_network(net: nn.Module, patch: tuple[int, int, int], labels: int) -> N
 
 
 def _patch(preparation: Preparation, net: nn.Module, cases: Sequence[Case]) -> tuple[int, int, int]:
-    from monai.data.utils import to_affine_nd
     from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
     sizes = []
     for case in cases[:50]:
         scan = load_nifti(case.image)
-        affine = to_affine_nd(3, scan.affine)
-        order = ornt_transform(axcodes2ornt(tuple(preparation.orientation)), io_orientation(affine))[:, 0].astype(int)
-        mm = np.linalg.norm(affine[:3, :3], axis=0)[order]
+        wanted = axcodes2ornt(tuple(preparation.orientation))
+        order = ornt_transform(wanted, io_orientation(scan.affine))[:, 0].astype(int)
+        mm = np.linalg.norm(scan.affine[:3, :3], axis=0)[order]
         scale = np.ones(3) if preparation.spacing is None else mm / np.asarray(preparation.spacing)
         sizes.append(np.asarray(scan.shape)[order] * scale)
     median = np.median(sizes, axis=0)

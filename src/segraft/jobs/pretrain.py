@@ -9,14 +9,12 @@ import torch
 from rich.console import Console
 
 from segraft.adapters import parameter_table
-from segraft.data.checks import check_cases
 from segraft.data.cohort import Cohort
-from segraft.data.patches import PatchSource
 from segraft.data.preparation import Preparation
 from segraft.jobs.cases import choose
-from segraft.jobs.model import build_from, task_record
-from segraft.jobs.preparing import check_network, settle_preparation
+from segraft.jobs.model import build_from
 from segraft.jobs.run_folder import RunFolder, versions
+from segraft.jobs.training_set import training_set
 from segraft.networks import load_weights, save_base
 from segraft.networks.bases import FILE_NAME
 from segraft.training.fit import Fit, check_device, fit
@@ -84,27 +82,27 @@ def pretrain(
     if weights is not None:
         load_weights(net, weights)
     chosen = choose(cohort, cases, seed=settings.seed, never={}, avoid={}, purpose="to pre-train on")
-    check_cases(chosen.cases, cohort, asked)
-    settled = settle_preparation(preparation, None, net, chosen.cases)
-    check_network(net, settled.patch, len(asked))
-    source = PatchSource(
+    given = training_set(
+        cohort,
         chosen.cases,
-        settled,
-        list(asked),
-        seed=settings.seed,
-        patches_per_volume=settings.patches,
-        foreground_fraction=settings.foreground,
-        augment=settings.augment,
-        flip_axes=None if settings.flip else (),
+        asked,
+        net=net,
+        preparation=preparation,
+        inherited=None,
+        settings=settings,
     )
-    task = task_record(asked, settled) | {"dataset": cohort.name}
-    task["cases"] = {case.id: case.digest() for case in chosen.cases}
-    request = {"network": network, "arguments": arguments, "settings": settings.model_dump(mode="json"), **task}
+    request = {"network": network, "arguments": arguments, "settings": settings.model_dump(mode="json"), **given.task}
     with folder.training(request):
         training = fit(
-            net, source, settings, checkpoint=folder.checkpoint, resume=resume, title="pre-training", console=console
+            net,
+            given.source,
+            settings,
+            checkpoint=folder.checkpoint,
+            resume=resume,
+            title="pre-training",
+            console=console,
         )
-        record = task | {
+        record = given.task | {
             "settings": settings.model_dump(mode="json"),
             "training": asdict(training),
             "versions": versions(),

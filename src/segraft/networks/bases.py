@@ -179,7 +179,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise SegraftError(
-            f"{path} holds pickled objects besides tensors, which could run code, so it is not loaded: "
+            f"{path} is not loaded, as it is damaged or holds pickled objects besides tensors, which could run code: "
             "save its state_dict alone (or as .safetensors) where you trust it."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:

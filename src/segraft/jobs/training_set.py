@@ -1,0 +1,69 @@
+"""What a training is given of a cohort: checked cases, prepared, as patches."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from segraft.data.checks import check_cases
+from segraft.data.cohort import Case, Cohort
+from segraft.data.patches import PatchSource
+from segraft.data.preparation import Preparation
+from segraft.jobs.model import task_record
+from segraft.jobs.preparing import check_network, settle_preparation
+from segraft.training.settings import TrainingSettings
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Patches to train on, and what the trained file's record says of them.
+
+    Attributes:
+        source: of the patches.
+        task: labels, preparation, data set, and the digest of every case's image.
+    """
+
+    source: PatchSource
+    task: dict[str, Any]
+
+
+def training_set(
+    cohort: Cohort,
+    cases: Sequence[Case],
+    labels: Mapping[int, str],
+    *,
+    net: nn.Module,
+    preparation: Preparation | Mapping[str, Any] | None,
+    inherited: Preparation | None,
+    settings: TrainingSettings,
+) -> TrainingSet:
+    """Check and prepare cases for a network.
+
+    Args:
+        cohort: the cases are of.
+        cases: to train on.
+        labels: value -> name, in the order of the network's outputs.
+        net: to be trained.
+        preparation: as the user wants it; see `settle_preparation`.
+        inherited: as the base was trained.
+        settings: of the training.
+
+    Raises:
+        SegraftError: what `check_cases`, `settle_preparation` or `check_network` refuses.
+    """
+    check_cases(cases, cohort, labels)
+    settled = settle_preparation(preparation, inherited, net, cases)
+    check_network(net, settled.patch, len(labels))
+    source = PatchSource(
+        cases,
+        settled,
+        list(labels),
+        seed=settings.seed,
+        patches_per_volume=settings.patches,
+        foreground_fraction=settings.foreground,
+        augment=settings.augment,
+        flip_axes=None if settings.flip else (),
+    )
+    digests = {case.id: case.digest() for case in cases}
+    return TrainingSet(source, task_record(labels, settled) | {"dataset": cohort.name, "cases": digests})
