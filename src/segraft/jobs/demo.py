@@ -34,6 +34,7 @@ ADAPTATIONS = {
     "dora_c": AdapterSpec("dora_c", rank=8),
 }
 SOURCE, SHOTS, TESTS = 24, 8, 16
+PRETRAINING_EPOCHS, ADAPTING_EPOCHS = 40, 60
 WIDTHS = (16, 32, 64, 128)
 WINDOW_HU = (0.0, 90.0)
 Mask = NDArray[np.int64]
@@ -97,7 +98,7 @@ def demo(
         network="unet",
         network_arguments={"widths": list(WIDTHS), "norm": "instance"},
         preparation={"patch": (96, 96, 1), "intensity": {"kind": "window", "low": WINDOW_HU[0], "high": WINDOW_HU[1]}},
-        settings=check_settings(epochs=40, volumes=4, **common),
+        settings=check_settings(epochs=PRETRAINING_EPOCHS, volumes=4, **common),
         overwrite=True,
         console=console,
     )
@@ -114,7 +115,7 @@ def demo(
                 out / name,
                 spec=spec,
                 shots=SHOTS,
-                settings=check_settings(epochs=60, volumes=2, **common),
+                settings=check_settings(epochs=ADAPTING_EPOCHS, volumes=2, **common),
                 overwrite=True,
                 console=console,
             )
