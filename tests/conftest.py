@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 # The same examples on every run; `--hypothesis-profile=search` looks for new ones.
@@ -20,3 +21,9 @@ def real_data() -> Path:
     if not (folder / "hippocampus" / "dataset.json").is_file():
         pytest.skip(f"no real scans at {folder} (set SEGRAFT_DATA)")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _same_weights_on_every_run() -> None:
+    """Networks that a test builds without a seed of its own start from the same weights."""
+    torch.manual_seed(0)

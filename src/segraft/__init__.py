@@ -13,7 +13,7 @@ from segraft._version import __version__
 from segraft.errors import SegraftError
 
 if TYPE_CHECKING:
-    from segraft import data, evaluation, jobs, networks, training
+    from segraft import adapters, data, evaluation, jobs, networks, training
     from segraft.adapters import (
         PRESETS,
         AdapterSpec,
@@ -50,6 +50,7 @@ __all__ = [
     "__version__",
     "activate",
     "activated",
+    "adapters",
     "data",
     "evaluation",
     "graft",

@@ -79,8 +79,8 @@ def test_ungrafting_restores_every_name(snapshot, randomise):
 def test_excluding_one_name_excludes_the_layer():
     net, _ = make()
     graft(net, AdapterSpec("lora", exclude=r"encoder\.all_modules\.0"))
-    assert not hasattr(net.encoder.conv, "grafts")
-    assert hasattr(net.decoder.block.conv, "grafts")
+    assert not hasattr(net.encoder.conv, "segraft")
+    assert hasattr(net.decoder.block.conv, "segraft")
 
 
 def test_counted_and_saved_once(tmp_path, randomise):

@@ -31,7 +31,7 @@ def test_saved_and_loaded_on_a_fresh_copy(kind, method, adapted, tmp_path):
     fresh = kind.net()
     assert load(fresh, path) is fresh
     assert torch.equal(fresh(x), net(x))
-    assert all(value.requires_grad == (".grafts." in name) for name, value in fresh.named_parameters())
+    assert all(value.requires_grad == (".segraft." in name) for name, value in fresh.named_parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)

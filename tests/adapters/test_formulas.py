@@ -156,7 +156,7 @@ def test_weights_by_plain_loops(method, term, layer, randomise):
     net = layer()
     w0 = net.weight.detach().double()
     randomise(graft(net, AdapterSpec(method, rank=rank, alpha=alpha)))
-    f = {name: value.detach().double() for name, value in net.grafts["default"]["weight"].named_parameters()}
+    f = {name: value.detach().double() for name, value in net.segraft["default"]["weight"].named_parameters()}
     o, i, *kernel = w0.shape
     expected = w0 + alpha / rank * loops(o, i, kernel, rank, lambda index, r: term(f, index, r))
     if "m" in f:

@@ -16,7 +16,7 @@ def test_gradient_reaches_every_factor(kind, method, adapted):
     net = adapted(kind, method, bias="low_rank")
     net(kind.input(torch.float64)).square().sum().backward()
     for name, value in net.named_parameters():
-        if ".grafts." in name:
+        if ".segraft." in name:
             assert value.grad is not None, name
             assert value.grad.isfinite().all(), name
             assert (value.grad != 0).any(), name
@@ -77,7 +77,7 @@ class _HalfUsed(nn.Module):
 def test_dead_factors_are_named():
     net = graft(_HalfUsed(), AdapterSpec("dora"))
     net(torch.ones(1, 3)).sum().backward()
-    with pytest.raises(DeadFactorsError, match=r"^3 trainable tensors .*unused\.grafts\.default\.weight\.B") as error:
+    with pytest.raises(DeadFactorsError, match=r"^3 trainable tensors .*unused\.segraft\.default\.weight\.B") as error:
         require_gradients(net)
     assert ".used." not in str(error.value)
 

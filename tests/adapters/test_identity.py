@@ -67,7 +67,7 @@ def test_a_transformer_layer_on_its_fast_path():
         expected = net(x)
         graft(net, AdapterSpec("dora"))
         assert torch.equal(net(x), expected)
-        net.linear1.grafts["default"]["weight"].B.add_(1)
+        net.linear1.segraft["default"]["weight"].B.add_(1)
         assert not torch.equal(net(x), expected)
 
 

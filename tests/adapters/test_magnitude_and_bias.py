@@ -42,16 +42,16 @@ LAYERS = [
 def test_the_adapted_weight_has_the_magnitudes_as_norms(kind, adapted):
     net = adapted(kind, "dora_c")
     base = kind.net(torch.float64)[0]
-    start = graft(kind.net(torch.float64), kind.spec("dora_c"))[0].grafts["default"]["weight"].m
+    start = graft(kind.net(torch.float64), kind.spec("dora_c"))[0].segraft["default"]["weight"].m
     torch.testing.assert_close(start, norm_by_output_channel(base, base.weight))
-    m = net[0].grafts["default"]["weight"].m
+    m = net[0].segraft["default"]["weight"].m
     torch.testing.assert_close(norm_by_output_channel(base, net[0].weight), m.abs())
 
 
 @pytest.mark.parametrize("kind", [name for name in LAYERS if name != "linear"], indirect=True)
 def test_a_magnitude_moves_its_own_output_channel_alone(kind):
     net, x = graft(kind.net(torch.float64), kind.spec("conv_dora")), kind.input(torch.float64)
-    edit, bias = net[0].grafts["default"]["weight"], net[0].bias
+    edit, bias = net[0].segraft["default"]["weight"], net[0].bias
     shift = 0 if bias is None else bias.reshape(-1, *[1] * (x.ndim - 2))
     before = net(x) - shift
     for channel in range(edit.m.numel()):
@@ -68,7 +68,7 @@ def test_a_magnitude_moves_its_own_output_channel_alone(kind):
 def test_magnitudes_over_the_first_stored_dimension(kind, randomise):
     """As Table 3 of the haemorrhage paper counts them: for transposed layers that is the input side."""
     net = graft(kind.net(torch.float64), kind.spec("dora_c", magnitude_dim=0))
-    edit = net[0].grafts["default"]["weight"]
+    edit = net[0].segraft["default"]["weight"]
     weight = kind.net(torch.float64)[0].weight
     assert edit.m.shape == (weight.shape[0],)
     torch.testing.assert_close(edit.m, weight.flatten(1).norm(dim=1))
@@ -80,7 +80,7 @@ def test_magnitude_of_row_blocks(randomise):
     net = nn.Sequential(nn.Linear(4, 6)).double()
     base = net[0].weight.detach().clone()
     randomise(graft(net, AdapterSpec("dora", slices={"0": "2/3"})))
-    edit = net[0].grafts["default"]["weight_2_4"]
+    edit = net[0].segraft["default"]["weight_2_4"]
     assert edit.m.shape == (2,)
     torch.testing.assert_close(net[0].weight[2:4].norm(dim=1), edit.m.abs())
     assert torch.equal(net[0].weight[[0, 1, 4, 5]], base[[0, 1, 4, 5]])
@@ -88,7 +88,7 @@ def test_magnitude_of_row_blocks(randomise):
 
 def test_frozen_biases_have_no_factors():
     net = graft(nn.Sequential(nn.Linear(2, 3)), AdapterSpec("lora"))
-    assert set(net[0].grafts["default"]._modules) == {"weight"}
+    assert set(net[0].segraft["default"]._modules) == {"weight"}
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "transposed2d-groups", "transposed3d"], indirect=True)
@@ -96,7 +96,7 @@ def test_frozen_biases_have_no_factors():
 def test_low_rank_biases(kind, options, adapted):
     net = adapted(kind, "lora", bias="low_rank", rank=3, **options)
     b0 = kind.net(torch.float64)[0].bias
-    beta = net[0].grafts["default"]["bias"].beta
+    beta = net[0].segraft["default"]["bias"].beta
     assert beta.shape == (3, b0.shape[0])
     scaling = kind.spec("lora", rank=3, **options).scaling(3)
     expected = torch.stack([b0[o] + scaling * sum(beta[r, o] for r in range(3)) for o in range(b0.shape[0])])
@@ -107,7 +107,7 @@ def test_low_rank_biases_of_row_blocks(randomise):
     net = nn.Sequential(nn.Linear(4, 6)).double()
     b0 = net[0].bias.detach().clone()
     randomise(graft(net, AdapterSpec("lora", rank=2, bias="low_rank", slices={"0": ("2/3", "3/3")})))
-    edits = net[0].grafts["default"]
+    edits = net[0].segraft["default"]
     assert torch.equal(net[0].bias[:2], b0[:2])
     torch.testing.assert_close(net[0].bias[2:4], b0[2:4] + 2 * edits["bias_2_4"].beta.sum(0))
     torch.testing.assert_close(net[0].bias[4:], b0[4:] + 2 * edits["bias_4_6"].beta.sum(0))
@@ -117,15 +117,15 @@ def test_whole_biases(randomise):
     net = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 3, bias=False))
     b0 = net[0].bias.detach().clone()
     randomise(graft(net, AdapterSpec("lora", bias="train")))
-    assert torch.equal(net[0].bias, net[0].grafts["default"]["bias"].value)
+    assert torch.equal(net[0].bias, net[0].segraft["default"]["bias"].value)
     assert not torch.equal(net[0].bias, b0)
     assert torch.equal(net[0].state_dict()["bias"], b0)
-    assert not hasattr(net[1], "grafts")
+    assert not hasattr(net[1], "segraft")
 
 
 def test_a_bias_trained_whole_has_no_factor_beside():
     net = graft(nn.Sequential(nn.Linear(2, 3)), AdapterSpec("lora", bias="low_rank", train="bias:.*"))
-    assert [type(edit).__name__ for edit in net[0].grafts["default"].values()] == ["Replacement", "LowRank"]
+    assert [type(edit).__name__ for edit in net[0].segraft["default"].values()] == ["Replacement", "LowRank"]
 
 
 @pytest.mark.parametrize("bias", ["low_rank", "train"])
@@ -133,7 +133,7 @@ def test_a_bias_trained_whole_has_no_factor_beside():
 def test_the_input_bias_of_attention_is_adapted_too(kind, bias):
     """Also where q, k and v have weights of their own: they share one bias."""
     net = graft(kind.net(), kind.spec("lora", bias=bias))
-    assert "in_proj_bias" in net[0].attention.grafts.edited()
+    assert "in_proj_bias" in net[0].attention.segraft.edited()
 
 
 def test_a_bias_that_two_layers_share_is_not_untied():

@@ -52,7 +52,7 @@ def test_same_outputs_as_peft(layer, method, trained):
         ours,
         AdapterSpec(name if "conv" in layer else name.removeprefix("conv_"), rank=rank, alpha=alpha, **ours_options),
     )
-    edit = ours.layer.grafts["default"]["weight"]
+    edit = ours.layer.segraft["default"]["weight"]
 
     if edit.m is not None:
         magnitude = peer.lora_magnitude_vector["default"].weight
@@ -76,6 +76,6 @@ def test_same_outputs_as_peft(layer, method, trained):
 def test_lora_starts_with_the_spread_of_pefts():
     theirs = peft.get_peft_model(Net(nn.Conv2d(50, 4, 3)), peft.LoraConfig(r=64, target_modules=["layer"]))
     a = theirs.base_model.model.layer.lora_A["default"].weight
-    ours = graft(Net(nn.Conv2d(50, 4, 3)), AdapterSpec("conv_lora", rank=64)).layer.grafts["default"]["weight"].A
+    ours = graft(Net(nn.Conv2d(50, 4, 3)), AdapterSpec("conv_lora", rank=64)).layer.segraft["default"]["weight"].A
     assert ours.std().item() == pytest.approx(a.std().item(), rel=0.05)
     assert ours.abs().max().item() == pytest.approx(a.abs().max().item(), rel=0.01)

@@ -14,7 +14,7 @@ LOW = [torch.bfloat16, torch.float16]
 def test_the_update_is_added_in_float32_and_cast_once(dtype, method):
     torch.manual_seed(0)
     net = graft(nn.Sequential(nn.Conv2d(16, 16, 3)).to(dtype), AdapterSpec(method, rank=8, alpha=8))
-    edit = net[0].grafts["default"]["weight"]
+    edit = net[0].segraft["default"]["weight"]
     assert all(value.dtype == torch.float32 for value in edit.parameters())
     with torch.no_grad():
         edit.B.normal_(std=2e-2)
@@ -38,7 +38,7 @@ def test_two_updates_that_bfloat16_would_lose_one_by_one():
     net = nn.Sequential(nn.Linear(1, 1, bias=False)).to(torch.bfloat16)
     net[0].weight.data.fill_(1)
     for name in ("a", "b"):
-        edit = graft(net, AdapterSpec("lora", rank=1, alpha=1), name)[0].grafts[name]["weight"]
+        edit = graft(net, AdapterSpec("lora", rank=1, alpha=1), name)[0].segraft[name]["weight"]
         edit.A.data.fill_(1)
         edit.B.data.fill_(0.003)
         assert net[0].weight == 1
@@ -58,7 +58,7 @@ def test_row_blocks_and_biases_add_up_in_float32(dtype):
     eps = torch.finfo(dtype).eps
     for name in ("a", "b"):
         spec = AdapterSpec("lora", rank=1, alpha=1, bias="low_rank", slices={"0": "2/2"})
-        edits = graft(net, spec, name)[0].grafts[name]
+        edits = graft(net, spec, name)[0].segraft[name]
         edits["weight_1_2"].A.data.fill_(1)
         edits["weight_1_2"].B.data.fill_(0.4 * eps)
         edits["bias_1_2"].beta.data.fill_(0.4 * eps)
@@ -71,7 +71,7 @@ def test_row_blocks_and_biases_add_up_in_float32(dtype):
 def test_autocast_does_not_reach_the_composition(kind, method, adapted, dtype):
     net = adapted(kind, method, torch.float32, bias="low_rank")
     for layer in net.modules():
-        for tensor in layer.grafts.edited() if hasattr(layer, "grafts") else ():
+        for tensor in layer.segraft.edited() if hasattr(layer, "segraft") else ():
             exact = getattr(layer, tensor)
             with torch.autocast("cpu", dtype):
                 assert getattr(layer, tensor).dtype == torch.float32
@@ -110,7 +110,7 @@ def test_a_network_converted_after_grafting_still_composes_in_float32(dtype):
     """Then the factors are low precision too: products of them must not be."""
     torch.manual_seed(0)
     net = graft(nn.Sequential(nn.Linear(32, 32, bias=False)), AdapterSpec("lora", rank=16, alpha=16)).to(dtype)
-    edit = net[0].grafts["default"]["weight"]
+    edit = net[0].segraft["default"]["weight"]
     edit.B.data.normal_(std=0.1)
     exact = net.state_dict()["0.weight"].float() + edit.B.float() @ edit.A.float()
     assert torch.equal(net[0].weight, exact.to(dtype))

@@ -33,7 +33,7 @@ def test_alpha_is_twice_the_rank_unless_given():
 def test_the_update_is_scaled(spec, scaling, randomise):
     net = nn.Sequential(nn.Linear(5, 4)).double()
     randomise(graft(net, spec))
-    edit = net[0].grafts["default"]["weight"]
+    edit = net[0].segraft["default"]["weight"]
     expected = net[0].state_dict()["weight"] + scaling * edit.B @ edit.A
     torch.testing.assert_close(net[0].weight, expected)
 

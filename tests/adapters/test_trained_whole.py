@@ -58,7 +58,7 @@ def test_selectors(train, expected):
     net, x = make()
     graft(net, AdapterSpec("none", train=train))
     trainable = {name for name, value in net.named_parameters() if value.requires_grad}
-    assert trainable == {f"{owner}.grafts.default.{tensor}.value" for owner, _, tensor in _split(expected)}
+    assert trainable == {f"{owner}.segraft.default.{tensor}.value" for owner, _, tensor in _split(expected)}
     net(x).sum().backward()
     require_gradients(net)
 
@@ -108,7 +108,7 @@ def test_running_statistics_of_the_base_stay(norm):
         assert torch.equal(net.train()(x), twin.train()(x))
     for name, value in twin[1].named_buffers():
         assert torch.equal(getattr(net[1], name), value)
-        assert torch.equal(net[1].grafts["default"][name].value, value)
+        assert torch.equal(net[1].segraft["default"][name].value, value)
     assert torch.equal(net.eval()(x), twin.eval()(x))
     for name, value in base.items():
         assert torch.equal(net.state_dict()[name], value)
@@ -158,7 +158,7 @@ def test_switching_switches_heads():
     for name in ("a", "b"):
         graft(net, AdapterSpec("none", train="head"), name)
         with torch.no_grad():
-            net.head.grafts[name]["bias"].value.fill_(ord(name))
+            net.head.segraft[name]["bias"].value.fill_(ord(name))
     outputs = {}
     for name in ("a", "b", None):
         activate(net, name)

@@ -84,7 +84,7 @@ def test_what_is_not_targeted_is_no_obstacle(randomise):
     assert type(net[0]) is nn.Embedding
     randomise(net)
     net(torch.tensor([0, 2])).sum().backward()
-    assert net[1].grafts["default"]["weight"].B.grad is not None
+    assert net[1].segraft["default"]["weight"].B.grad is not None
 
 
 def test_a_parametrised_layer_can_be_trained_whole(randomise):

@@ -87,7 +87,7 @@ def test_an_interrupt_from_the_keyboard_says_how_to_go_on(adapt, interrupting, t
     interrupting(1, KeyboardInterrupt())
     outcome = adapt("run")
     assert outcome.code == 130
-    assert outcome.err == "segraft: interrupted; a training goes on with --resume.\n"
+    assert outcome.err == "segraft: interrupted; a training (pretrain, adapt) goes on with --resume.\n"
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"last.ckpt", "run.json"}
 
 

@@ -1,6 +1,9 @@
 import hashlib
+import json
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from segraft.data.cohort import Case, Cohort
@@ -61,7 +64,7 @@ def test_bad_patient_pattern(write_listing, pattern, complaint):
         ({"training": "a.nii.gz"}, "training: Input should be a valid list"),
         ({"training": [{"label": "a.nii.gz"}]}, "training.0.image: Field required"),
         ({"training": [{"image": 3}] * 5}, "and 2 more"),
-        ({"training": entries("a.nii.gz", "a.nii")}, "case a more than once"),
+        ({"training": entries("a.nii.gz", "a.nii")}, "case imagesTr_a more than once"),
         ({"labels": {"0": "background"}}, "no label beside the background"),
         ({"labels": {"background": 0, "all": [1, 2]}}, "labels"),
         ({"labels": {"one": 1, "two": 1}}, "same number"),
@@ -122,11 +125,30 @@ def test_select_labels(write_listing):
 
 
 def test_digest(tmp_path):
-    file = tmp_path / "a.nii.gz"
-    file.write_bytes(b"scan")
-    assert Case("a", "a", file, None).digest() == hashlib.sha256(b"scan").hexdigest()[:16]
+    """The same voxels in another file, type or place are the same scan; one other voxel makes another."""
+    voxels = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    expected = hashlib.sha256(b"(2, 3, 4)" + voxels.astype(np.float32).tobytes()).hexdigest()[:16]
+
+    def digest(name: str, values: np.ndarray, affine: np.ndarray) -> str:
+        nib.save(nib.Nifti1Image(values, affine), tmp_path / name)
+        return Case("a", "a", tmp_path / name, None).digest()
+
+    assert digest("a.nii.gz", voxels, np.eye(4)) == expected
+    assert digest("b.nii", voxels.astype(np.float32), 2 * np.eye(4)) == expected
+    voxels[0, 0, 0] += 1
+    assert digest("c.nii.gz", voxels, np.eye(4)) != expected
     with pytest.raises(SegraftError, match="cannot be read"):
-        Case("b", "b", tmp_path / "b.nii.gz", None).digest()
+        Case("b", "b", tmp_path / "missing.nii.gz", None).digest()
+
+
+def test_scans_of_one_name_in_folders_of_their_own(tmp_path):
+    """TotalSegmentator's layout: s0001/ct.nii.gz, s0002/ct.nii.gz."""
+    listing = {
+        "labels": {"0": "background", "1": "liver"},
+        "training": [{"image": f"./s{k}/ct.nii.gz", "label": f"./s{k}/liver.nii.gz"} for k in (1, 2)],
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(listing))
+    assert [case.id for case in Cohort.read(tmp_path).cases] == ["s1_ct", "s2_ct"]
 
 
 @pytest.mark.data

@@ -1,8 +1,10 @@
-"""Cohorts whose scans are a few bytes: enough to be recognised by content."""
+"""Cohorts whose scans are a few voxels: enough to be recognised by content."""
 
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from segraft.data.cohort import Case, Cohort
@@ -18,7 +20,8 @@ def make_cohort(tmp_path: Path) -> MakeCohort:
         cases = []
         for name, patient in patients.items():
             image = tmp_path / f"{name}.nii.gz"
-            image.write_bytes((contents or {}).get(name, name.encode()))
+            voxels = np.frombuffer((contents or {}).get(name, name.encode()), np.uint8).reshape(-1, 1, 1)
+            nib.save(nib.Nifti1Image(voxels, np.eye(4)), image)
             cases.append(Case(name, patient, image, None))
         return Cohort("Toy", tmp_path / "dataset.json", {1: "core"}, ("CT",), tuple(cases))
 

@@ -1,13 +1,15 @@
 """Which cases serve, by patient and by content."""
 
+import json
+
 import pytest
 
 from segraft.errors import SegraftError
-from segraft.jobs.cases import choose, served_cases
+from segraft.jobs.cases import Served, choose, read_cohort, served_cases
 
 
 def digests(cohort, *ids):
-    return {case.id: case.digest() for case in cohort.cases if case.id in ids}
+    return Served({case.id: case.digest() for case in cohort.cases if case.id in ids})
 
 
 def chosen(cohort, count, *, never=(), avoid=(), seed=0):
@@ -23,8 +25,8 @@ def chosen(cohort, count, *, never=(), avoid=(), seed=0):
 
 
 def test_nothing_served(pairs):
-    assert served_cases(pairs, {}) == frozenset()
-    assert served_cases(pairs, {"a0": "0" * 16}) == frozenset()
+    assert served_cases(pairs, Served()) == frozenset()
+    assert served_cases(pairs, Served({"a0": "0" * 16})) == frozenset()
 
 
 def test_one_scan_of_a_patient_counts_for_all(pairs):
@@ -103,3 +105,25 @@ def test_by_id(pairs):
         chosen(pairs, ["e0"])
     with pytest.raises(SegraftError, match="'a1' trained the adapter"):
         chosen(pairs, ["a1"], never=["a0"])
+    with pytest.raises(SegraftError, match="'b0' is named more than once"):
+        chosen(pairs, ["b0", "c0", "b0"])
+    assert "1 of the cases to test also trained the base" in chosen(pairs, ["b0", "c0"], avoid=["b0"])[1][0]
+
+
+def test_every_fresh_case_serves_before_one_that_served(pairs):
+    for seed in range(5):
+        ids, notes = chosen(pairs, 3, avoid=["a0", "b0"], seed=seed)
+        assert ids > {"c0", "c1", "d0", "d1"}
+        assert len(ids) == 6
+        assert any("2 of the cases to test also trained the base" in note for note in notes)
+
+
+def test_patients_are_told_as_before_in_the_same_cohort_alone(tmp_path):
+    """Else the second scan of a patient would serve who trained with the first."""
+    entries = [{"image": f"p{k}_{scan}.nii.gz", "label": "l.nii.gz"} for k in (1, 2) for scan in "ab"]
+    listing = {"name": "Toy", "labels": {"1": "core"}, "training": entries}
+    (tmp_path / "dataset.json").write_text(json.dumps(listing))
+    before = Served({}, "Toy", r"(p\d)_")
+    assert {case.patient for case in read_cohort(tmp_path, None, Served(), before).cases} == {"p1", "p2"}
+    assert len({case.patient for case in read_cohort(tmp_path, None, Served({}, "Other", r"(p\d)_")).cases}) == 4
+    assert {case.patient for case in read_cohort(tmp_path, "_([ab])", before).cases} == {"a", "b"}

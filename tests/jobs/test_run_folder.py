@@ -60,7 +60,9 @@ def test_a_folder_that_was_there_stays(tmp_path):
 
 def test_a_start_from_the_beginning_forgets_the_old_state(tmp_path):
     path = stopped(tmp_path / "run")
-    folder = folder_at(path)
+    with pytest.raises(SegraftError, match="unfinished training: go on with --resume"):
+        folder_at(path)
+    folder = folder_at(path, overwrite=True)
     with folder.training({"settings": {"epochs": 9}}):
         assert not folder.checkpoint.exists()
 

@@ -211,19 +211,27 @@ def test_a_loss_that_is_not_finite_names_step_and_cases(source, settings, checkp
 
 
 def test_a_layer_that_is_never_called_is_named(make_net, source, settings, checkpoint):
-    for net, name in (
-        (Unused(make_net()), "forgotten.weight"),
-        (graft(Unused(make_net()), AdapterSpec("dora_c", rank=1)), "forgotten.grafts.default.weight.B"),
+    for spec, name in (
+        (AdapterSpec("none", train=".*"), "forgotten.segraft.default.weight.value"),
+        (AdapterSpec("dora_c", rank=1), "forgotten.segraft.default.weight.B"),
     ):
         with pytest.raises(DeadFactorsError) as caught:
-            fit(net, source, settings(), checkpoint=checkpoint)
+            fit(graft(Unused(make_net()), spec), source, settings(), checkpoint=checkpoint)
         assert name in str(caught.value)
         assert "net.decoder" not in str(caught.value)
 
 
+def test_a_plain_network_may_have_layers_that_it_never_calls(make_net, source, settings, checkpoint):
+    """As ViTs of MONAI have: there is no adapter that would silently train nothing."""
+    fit(Unused(make_net()), source, settings(epochs=1), checkpoint=checkpoint)
+
+
 def test_a_layer_that_is_never_called_may_be_left_out(make_net, source, settings, checkpoint):
-    net = graft(Unused(make_net()), AdapterSpec("dora_c", rank=1, exclude="forgotten"))
-    fit(net, source, settings(epochs=1), checkpoint=checkpoint)
+    for spec in (
+        AdapterSpec("dora_c", rank=1, exclude="forgotten"),
+        AdapterSpec("none", train=".*", exclude="forgotten"),
+    ):
+        fit(graft(Unused(make_net()), spec), source, settings(epochs=1), checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_the_checkpoint_of_an_adapter_leaves_the_base_out(make_net, source, sett
     fit(net, source, settings(epochs=1), checkpoint=checkpoint)
     kept = set(torch.load(checkpoint, weights_only=True)["state_dict"])
     assert kept == {f"net.{name}" for name, value in net.named_parameters() if value.requires_grad}
-    assert all(".grafts." in key for key in kept)
+    assert all(".segraft." in key for key in kept)
 
 
 def test_the_checkpoint_of_a_whole_training_holds_everything(make_net, source, settings, checkpoint):

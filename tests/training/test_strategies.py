@@ -66,7 +66,7 @@ def test_a_strategy_trains_exactly_what_it_says(name):
     assert trained_whole(net) == EXPECTED[name]
     trainable = {key for key, value in net.named_parameters() if value.requires_grad}
     assert len(trainable) == len(EXPECTED[name])
-    assert all(".grafts." in key for key in trainable)
+    assert all(".segraft." in key for key in trainable)
     if trainable:
         net(torch.rand(2, 1, 8, 8)).square().sum().backward()
         assert {key for key, value in net.named_parameters() if value.grad is not None} == trainable

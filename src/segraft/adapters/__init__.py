@@ -17,7 +17,7 @@ from segraft.adapters.files import (
 )
 from segraft.adapters.formulas import FORMULAS, Formula
 from segraft.adapters.gradients import DeadFactorsError, require_gradients
-from segraft.adapters.graft import activate, activated, graft, ungraft
+from segraft.adapters.graft import activate, activated, graft, has_adapters, ungraft
 from segraft.adapters.merging import merge, unmerge
 from segraft.adapters.selection import parts_of
 from segraft.adapters.spec import PRESETS, AdapterSpec, Preset
@@ -38,6 +38,7 @@ __all__ = [
     "adapter_tensors",
     "fingerprint",
     "graft",
+    "has_adapters",
     "load",
     "merge",
     "parameter_table",

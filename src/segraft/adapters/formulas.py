@@ -28,19 +28,21 @@ class Formula:
         template: factors separated by commas, in the order in which `names` names them. The first is zero at the
             start, so that ΔW = 0.
         names: what the factors are called in state dicts and adapter files.
-        source: the paper that proposes it.
     """
 
     template: str
     names: tuple[str, ...]
-    source: str
 
 
 FORMULAS: dict[str, Formula] = {
-    "lora": Formula("or,riK", ("B", "A"), "LoRA, Hu et al. 2022; on kernels ConvLoRA, Aleem et al. 2024"),
-    "lora_c": Formula("oFr,riL", ("B", "A"), "LoRA-C, Ding et al. 2024"),
-    "cp": Formula("or,ir,*r", ("a", "b", "c", "d", "e"), "CP-LoRA, Minoccheri et al. 2025"),
-    "tucker": Formula("op,pqK,iq", ("a", "core", "b"), "Tucker 1966; on kernels Kim et al. 2016"),
+    # LoRA, Hu et al. 2022; on kernels ConvLoRA, Aleem et al. 2024
+    "lora": Formula("or,riK", ("B", "A")),
+    # LoRA-C, Ding et al. 2024
+    "lora_c": Formula("oFr,riL", ("B", "A")),
+    # CP-LoRA, Minoccheri et al. 2025
+    "cp": Formula("or,ir,*r", ("a", "b", "c", "d", "e")),
+    # Tucker 1966; on kernels Kim et al. 2016
+    "tucker": Formula("op,pqK,iq", ("a", "core", "b")),
 }
 
 

@@ -88,7 +88,7 @@ def graft(net: Net, spec: AdapterSpec, name: str = "default", *, seed: int = 0) 
                 f"layer {layer_name!r} has an adapter that was grafted on a part of this network, or on a network "
                 "around it: ungraft it there first."
             )
-    whole = select_tensors(net, spec.train)
+    whole = select_tensors(net, spec)
     weights = select_weights(net, spec, whole)
     additions = _build(net, spec, weights, whole, seed)
     if not record.specs:
@@ -121,9 +121,8 @@ def _build(
         weight, bias = base_tensor(chosen.layer, chosen.slot.weight), chosen.slot.bias
         bias_is_free = bias is not None and bias not in edits
         for rows in chosen.blocks:
-            suffix = "" if rows is None else f"_{rows[0]}_{rows[1]}"
             assert spec.factorisation is not None and spec.magnitude is not None  # noqa: S101, PT018
-            edits[chosen.slot.weight + suffix] = LowRank(
+            edits[chosen.slot.weight + _suffix(rows)] = LowRank(
                 chosen.slot,
                 weight,
                 factorisation=spec.factorisation,
@@ -135,16 +134,26 @@ def _build(
                 generator=generator,
             )
             if bias is not None and bias_is_free and spec.bias == "low_rank":
-                edits[bias + suffix] = BiasFactor(
+                bias_rows = chosen.slot.bias_rows(rows, weight.shape[0])
+                edits[bias + _suffix(bias_rows)] = BiasFactor(
                     bias,
                     base_tensor(chosen.layer, bias),
                     rank=chosen.rank,
                     scaling=spec.scaling(chosen.rank),
-                    rows=rows,
+                    rows=bias_rows,
                 )
         if bias is not None and bias_is_free and spec.bias == "train":
             edits[bias] = Replacement(bias, base_tensor(chosen.layer, bias))
     return additions
+
+
+def _suffix(rows: tuple[int, int] | None) -> str:
+    return "" if rows is None else f"_{rows[0]}_{rows[1]}"
+
+
+def has_adapters(net: nn.Module) -> bool:
+    """Whether anything is grafted on the network."""
+    return RECORD in net.__dict__
 
 
 def activate(net: nn.Module, names: str | Sequence[str] | None, *, train: str | Sequence[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from segraft.adapters.edits import Edit
 
-ATTRIBUTE = "grafts"
+ATTRIBUTE = "segraft"
 """Name of the submodule, on every grafted layer, that holds {adapter name: {key: Edit}}."""
 
 

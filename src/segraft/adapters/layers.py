@@ -19,12 +19,22 @@ class WeightSlot:
         bias: attribute of its bias, None where the layer has none.
         transposed: the first stored dimension is the input side.
         groups: groups of the convolution.
+        bias_offset: where the weight's rows start in a bias that several weights share; None where it is the
+            weight's own.
     """
 
     weight: str
     bias: str | None
     transposed: bool = False
     groups: int = 1
+    bias_offset: int | None = None
+
+    def bias_rows(self, rows: tuple[int, int] | None, all_rows: int) -> tuple[int, int] | None:
+        """The rows of the bias that belong to these rows (None: all) of the weight; None means the whole bias."""
+        if self.bias_offset is None:
+            return rows
+        start, stop = rows or (0, all_rows)
+        return self.bias_offset + start, self.bias_offset + stop
 
     def edited(self, *, bias: bool) -> tuple[str, ...]:
         """The tensors that an adapter changes, with or without the bias."""
@@ -45,8 +55,10 @@ def weight_slots(layer: nn.Module) -> tuple[WeightSlot, ...]:
     """The adaptable weights of `layer`; empty for a layer that is neither linear, convolution nor attention."""
     if isinstance(layer, nn.MultiheadAttention):
         shared = None if layer.in_proj_bias is None else "in_proj_bias"
-        apart = () if layer._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        return tuple(WeightSlot(name, shared) for name in apart or ("in_proj_weight",))
+        if layer._qkv_same_embed_dim:
+            return (WeightSlot("in_proj_weight", shared),)
+        apart = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return tuple(WeightSlot(name, shared, bias_offset=i * layer.embed_dim) for i, name in enumerate(apart))
     if isinstance(layer, nn.Linear):
         return (WeightSlot("weight", None if layer.bias is None else "bias"),)
     if isinstance(layer, nn.modules.conv._ConvNd):

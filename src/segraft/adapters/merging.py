@@ -15,6 +15,7 @@ from segraft.adapters.grafted import (
     refresh_class,
     set_base_tensor,
 )
+from segraft.adapters.selection import base_parameters
 from segraft.errors import SegraftError
 
 MERGED = "_segraft_merged"
@@ -96,15 +97,8 @@ def unmerge(net: Net) -> Net:
             set_base_tensor(item.layer, tensor, value)
         item.layer.add_module(ATTRIBUTE, item.grafts)
         refresh_class(item.layer)
-        for value in item.base.values():
-            value.requires_grad_(False)  # noqa: FBT003
-    for parameter in _frozen(net, merged.record):
+    for _, _, _, parameter in base_parameters(net):
         parameter.requires_grad_(False)  # noqa: FBT003
     net.__dict__[RECORD] = merged.record
     del net.__dict__[MERGED]
     return net
-
-
-def _frozen(net: nn.Module, record: GraftRecord) -> list[nn.Parameter]:
-    named = dict(net.named_parameters())
-    return [named[name] for name in record.required_grad if name in named]

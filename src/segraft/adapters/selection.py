@@ -19,7 +19,7 @@ from segraft.adapters.layers import WeightSlot, row_block, weight_slots, why_not
 from segraft.adapters.spec import AdapterSpec
 from segraft.errors import SegraftError
 
-NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 KINDS: dict[str, Callable[[nn.Module, str], bool]] = {
     "bias": lambda _module, tensor: tensor.endswith("bias"),
@@ -108,24 +108,31 @@ class SelectedTensor:
     tensor: str
 
 
-def select_tensors(net: nn.Module, selectors: Sequence[str]) -> list[SelectedTensor]:
-    """The parameters that the `train` selectors of a spec name.
+def select_tensors(net: nn.Module, spec: AdapterSpec) -> list[SelectedTensor]:
+    """The parameters that `spec` trains whole: what its `train` names, less what its `exclude` does.
 
     Raises:
-        SegraftError: a selector that matches nothing, an unknown kind, a tensor shared by several layers.
+        SegraftError: a selector or an exclusion that matches nothing, a tensor shared by several layers or not to be
+            trained.
     """
     names = modules_by_name(net)
+    exclude = _Places(net, spec.exclude)
+    for module, tensor, _ in _parameters(names):
+        exclude.matching([*names[module], *(_join(name, tensor) for name in names[module])])
+    exclude.refuse_unused("layer or parameter")
     owners = _owners(names)
     chosen: dict[tuple[int, str], SelectedTensor] = {}
-    for selector in selectors:
+    for selector in spec.train:
         kind, place = _kind_and_place(net, selector)
         matched = False
         for module, tensor, value in _parameters(names):
             full = [_join(name, tensor) for name in names[module]]
             if KINDS[kind](module, tensor) if kind else True:
-                if not (place.matches(full) or (place.prefixes and place.matches(names[module]))):
+                if not place.matches(full):
                     continue
                 matched = True
+                if exclude.matching([*names[module], *full]):
+                    continue
                 name = names[module][0]
                 reason = why_not(module, tensor)
                 if reason:
@@ -139,13 +146,19 @@ def select_tensors(net: nn.Module, selectors: Sequence[str]) -> list[SelectedTen
 
 def select_statistics(net: nn.Module) -> list[SelectedTensor]:
     """Buffers that a forward pass in training mode writes to (running statistics), which must not change the base."""
-    return [
-        SelectedTensor(module, names[0], tensor)
-        for module, names in modules_by_name(net).items()
-        if isinstance(module, _NormBase) and module.track_running_stats and not _refuse_lazy(module, names[0])
-        for tensor, value in module._buffers.items()
-        if value is not None
-    ]
+    chosen = []
+    for module, names in modules_by_name(net).items():
+        if not (isinstance(module, _NormBase) and module.track_running_stats):
+            continue
+        for tensor, value in module._buffers.items():
+            if value is not None and is_lazy(value):
+                raise SegraftError(
+                    f"layer {names[0]!r} ({type(module).__name__}) cannot be adapted: it is lazy and has no shape yet: "
+                    "run one forward pass first."
+                )
+            if value is not None:
+                chosen.append(SelectedTensor(module, names[0], tensor))
+    return chosen
 
 
 def select_weights(net: nn.Module, spec: AdapterSpec, trained_whole: Sequence[SelectedTensor]) -> list[SelectedWeight]:
@@ -184,7 +197,7 @@ def select_weights(net: nn.Module, spec: AdapterSpec, trained_whole: Sequence[Se
             _refuse(module, module_names[0], slot.edited(bias=spec.bias != "frozen"), owners, whole)
             rows = _blocks(module, module_names[0], slot, blocks)
             chosen.append(SelectedWeight(module, module_names[0], slot, rank, rows))
-    for places in (targets or exclude, exclude, ranks, slices):
+    for places in (targets or ranks, ranks, slices):
         places.refuse_unused("linear, convolution or attention layer")
     if not chosen:
         raise SegraftError("nothing to adapt: every linear and convolution layer is excluded or trained whole.")
@@ -277,12 +290,3 @@ def _blocks(
     if any(first[1] > second[0] for first, second in pairwise(ordered)):
         raise SegraftError(f"the slices {', '.join(blocks)} of {name!r} overlap.")
     return found
-
-
-def _refuse_lazy(norm: nn.Module, name: str) -> bool:
-    if any(value is not None and is_lazy(value) for value in norm._buffers.values()):
-        raise SegraftError(
-            f"layer {name!r} ({type(norm).__name__}) cannot be adapted: it is lazy and has no shape yet: "
-            "run one forward pass first."
-        )
-    return False

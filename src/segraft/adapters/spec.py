@@ -56,7 +56,7 @@ class AdapterSpec:
         magnitude_dim: None: true output channels. 0: the first stored dimension (reproduces the paper's Table 3).
         bias: of the adapted layers: `frozen`; `low_rank`, an R×o factor summed over R; `train`, trained whole.
         targets: places to adapt; None adapts every linear and convolution layer.
-        exclude: places never adapted.
+        exclude: places never adapted and never trained whole; here also expressions on parameter names.
         ranks: place -> rank, for layers whose rank differs from `rank`; of several that match the last holds.
         slices: place -> row blocks 'j/n' of a fused weight, each with factors of its own. The k and v of a fused
             qkv layer: `{r".*\.qkv": ("2/3", "3/3")}`.
@@ -126,7 +126,12 @@ class AdapterSpec:
             if not blocks or not all(isinstance(block, str) for block in blocks):
                 raise SegraftError(f"the slices of {place!r} are {blocks!r}: write 'j/n', such as '2/3'.")
         if self.factorisation is None and (
-            self.targets or self.exclude or self.ranks or self.slices or self.magnitude or self.bias != "frozen"
+            self.targets
+            or (self.exclude and not self.train)
+            or self.ranks
+            or self.slices
+            or self.magnitude
+            or self.bias != "frozen"
         ):
             raise SegraftError(
                 "method 'none' has no factors, so targets, exclude, ranks, slices, magnitude and bias have no meaning "

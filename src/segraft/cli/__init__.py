@@ -29,5 +29,5 @@ def main() -> None:
         raise SystemExit(2) from None
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            print("segraft: interrupted; a training goes on with --resume.", file=sys.stderr)  # noqa: T201
+            print("segraft: interrupted; a training (pretrain, adapt) goes on with --resume.", file=sys.stderr)  # noqa: T201
         raise

@@ -1,12 +1,14 @@
 """The Typer application, and how commands show results."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from segraft._version import __version__
 from segraft.errors import SegraftError
@@ -42,15 +44,33 @@ def progress_console(*, as_json: bool) -> Console | None:
 
 def show_json(values: Mapping[str, Any]) -> None:
     """One JSON object on standard output."""
-    print(json.dumps(values, indent=2, default=str, allow_nan=False))  # noqa: T201
+    print(json.dumps(values, indent=2, default=_path, allow_nan=False))  # noqa: T201
+
+
+def _path(value: object) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no place in JSON")
+
+
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: int = 0) -> None:
+    """A table of plain text, which is folded rather than cut, the last `right` columns aligned right.
+
+    Names of files and labels are shown as they are: Rich would read brackets in them as markup.
+    """
+    table = Table(*(Column(Text(name), overflow="fold") for name in columns), title=Text(title))
+    for column in table.columns[len(columns) - right :]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*(Text(value) for value in row))
+    out.print(table)
 
 
 def show_frame(frame: "pd.DataFrame", title: str) -> None:
     """A table of results, numbers to three digits."""
-    shown = Table(*(Column(str(name), overflow="fold") for name in frame.columns), title=title)
-    for row in frame.itertuples(index=False):
-        shown.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row))
-    out.print(shown)
+    rows = frame.itertuples(index=False)
+    texts = ([f"{value:.3g}" if isinstance(value, float) else str(value) for value in row] for row in rows)
+    show_table(title, [str(name) for name in frame.columns], texts)
 
 
 def show_line(text: str) -> None:

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Column, Table
 
 from segraft.cli import options
-from segraft.cli.app import json_object, out, show_json, show_line
+from segraft.cli.app import json_object, show_json, show_line, show_table
 from segraft.cli.options import Common, NetworkArguments, takes
 
 if TYPE_CHECKING:
@@ -37,14 +36,13 @@ def params(
     if common.as_json:
         show_json(table.to_dict())
         return
-    shown = Table("owner", "part", "kind", "trainable", "frozen", title=f"{network}, {spec.method}, R = {spec.rank}")
-    for column in shown.columns[3:]:
-        column.justify = "right"
-    for row in table.rows:
-        shown.add_row(row.owner, row.part, row.kind, f"{row.trainable:,}", f"{row.frozen:,}")
-    shown.add_section()
-    shown.add_row("sum", "", "", f"{table.trainable:,}", f"{table.frozen:,}")
-    out.print(shown)
+    rows = [[row.owner, row.part, row.kind, f"{row.trainable:,}", f"{row.frozen:,}"] for row in table.rows]
+    show_table(
+        f"{network}, {spec.method}, R = {spec.rank}",
+        ["owner", "part", "kind", "trainable", "frozen"],
+        [*rows, ["sum", "", "", f"{table.trainable:,}", f"{table.frozen:,}"]],
+        right=2,
+    )
     show_line(f"{100 * table.trainable / table.total:.2f} % of {table.total:,} parameters train.")
 
 
@@ -52,20 +50,13 @@ def _show_paper(rows: list[Any], rank: int, *, as_json: bool) -> None:
     if as_json:
         show_json({"rank": rank, "rows": [asdict(row) for row in rows]})
         return
-    shown = Table(
-        "method",
-        "the table: R = 1",
-        f"R · row, R = {rank}",
-        f"counted, R = {rank}",
-        f"our defaults, R = {rank}",
-        title="Table 3 of Minoccheri et al. 2025, counted on the network",
+    counts = ((row.method, row.at_one, row.multiplied, row.counted, row.defaults) for row in rows)
+    show_table(
+        "Table 3 of Minoccheri et al. 2025, counted on the network",
+        ["method", "the table: R = 1", f"R · row, R = {rank}", f"counted, R = {rank}", f"our defaults, R = {rank}"],
+        ([method, *(f"{value:,}" for value in values)] for method, *values in counts),
+        right=4,
     )
-    for column in shown.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        counts = (row.at_one, row.multiplied, row.counted, row.defaults)
-        shown.add_row(row.method, *(f"{value:,}" for value in counts))
-    out.print(shown)
     show_line(
         "The table's layout: LoRA-C and CP also adapt biases with an R×o factor, magnitudes run over the first stored\n"
         "dimension, the head has none. Magnitudes do not grow with R, so R times a DoRA row is more than there is.\n"
@@ -89,13 +80,10 @@ def inspect(
     if common.as_json:
         show_json(described)
         return
-    shown = Table("", Column(described["path"], overflow="fold"))
-    for name, value in described.items():
-        if name == "cases":
-            shown.add_row(name, f"{len(value)}: {', '.join(list(value)[:3])}{' …' if len(value) > 3 else ''}")
-        elif name != "path":
-            shown.add_row(name, _brief(value))
-    out.print(shown)
+    cases = list(described.pop("cases", []))
+    rows = [[name, _brief(value)] for name, value in described.items() if name != "path"]
+    shown = [["cases", f"{len(cases)}: {', '.join(cases[:3])}{' …' if len(cases) > 3 else ''}"]] if cases else []
+    show_table("", ["", described["path"]], [*rows, *shown])
 
 
 def _brief(value: Any) -> str:

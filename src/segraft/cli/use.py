@@ -5,11 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Column, Table
 
 from segraft.cli import options
-from segraft.cli.app import err, progress_console, show_frame, show_json, show_line, show_notes, split
-from segraft.cli.app import out as console
+from segraft.cli.app import err, progress_console, show_frame, show_json, show_line, show_notes, show_table, split
 from segraft.cli.options import BasePath, Common, Data, Labels, ModelPath, OutFolder, PatientPattern, takes
 
 
@@ -32,10 +30,12 @@ def predict(
     if common.as_json:
         show_json({"masks": [asdict(result) for result in results]})
         return
-    table = Table("scan", Column("mask", overflow="fold"), *(f"{name} (mL)" for name in results[0].volumes_ml))
-    for result in results:
-        table.add_row(result.scan.name, str(result.mask), *(f"{ml:.2f}" for ml in result.volumes_ml.values()))
-    console.print(table)
+    show_table(
+        "Masks",
+        ["scan", "mask", *(f"{name} (mL)" for name in results[0].volumes_ml)],
+        ([each.scan.name, str(each.mask), *(f"{ml:.2f}" for ml in each.volumes_ml.values())] for each in results),
+        right=len(results[0].volumes_ml),
+    )
 
 
 @takes(common=options.common)
@@ -90,7 +90,7 @@ def demo(*, out: OutFolder = Path("demo"), common: Common) -> None:
 
     result = job(out, seed=common.seed, **common.computing(), console=None if common.as_json else err)
     if common.as_json:
-        show_json(asdict(result))
+        show_json(asdict(result) | {"table": result.table.to_dict("records")})
         return
     show_frame(result.table, result.title)
     show_line(f"Report: {result.report}")

@@ -1,6 +1,6 @@
 """Checks of scans and labels before any work starts on them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -58,7 +58,14 @@ def load_case(case: Case) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
     return image, label
 
 
-def check_cases(cases: Sequence[Case], cohort: Cohort, asked: Mapping[int, str], *, each_present: bool = True) -> None:
+def check_cases(
+    cases: Sequence[Case],
+    cohort: Cohort,
+    asked: Mapping[int, str],
+    *,
+    each_present: bool = True,
+    watch: Callable[[Sequence[Case]], Iterable[Case]] = iter,
+) -> None:
     """Refuse cases that cannot be trained on or evaluated.
 
     Args:
@@ -66,6 +73,7 @@ def check_cases(cases: Sequence[Case], cohort: Cohort, asked: Mapping[int, str],
         cohort: says which label values are known.
         asked: label values and names that are to be segmented.
         each_present: whether each of them must be in at least one case, as training needs.
+        watch: passes the cases on while they are read, to show progress.
 
     Raises:
         SegraftError: what `load_case` refuses; a label value that `dataset.json` does not list; an asked label
@@ -73,7 +81,7 @@ def check_cases(cases: Sequence[Case], cohort: Cohort, asked: Mapping[int, str],
     """
     known = {0, *cohort.labels}
     present: set[int] = set()
-    for case in cases:
+    for case in watch(cases):
         _, label = load_case(case)
         values = {int(value) for value in np.unique(np.asanyarray(label.dataobj))}
         if unknown := sorted(values - known):

@@ -6,11 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import AliasChoices, BaseModel, Field, StringConstraints, ValidationError, field_validator
 
+from segraft.data.nifti import load_nifti
 from segraft.errors import SegraftError
 
 _Text = Annotated[str, StringConstraints(min_length=1)]
@@ -27,37 +29,40 @@ class Case:
     label: Path | None
 
     def digest(self) -> str:
-        """The first 16 hex digits of the SHA-256 of the image file: recognises a scan that served before.
+        """The first 16 hex digits of the SHA-256 of the image's shape and voxel values.
+
+        Recognises a scan that served before, also renamed, compressed anew or with another header.
 
         Raises:
             SegraftError: the image file cannot be read.
         """
-        try:
-            with self.image.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-        except OSError as error:
-            raise SegraftError(
-                f"{self.image} cannot be read ({error.strerror}): correct its path in dataset.json."
-            ) from error
+        voxels = load_nifti(self.image).get_fdata(dtype=np.float32, caching="unchanged")
+        digest = hashlib.sha256(repr(voxels.shape).encode())
+        digest.update(np.ascontiguousarray(voxels).data)
+        return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """What one `dataset.json` lists. `labels` maps mask values to names, background (0) left out."""
+    """What one `dataset.json` lists. `labels` maps mask values to names, background (0) left out.
+
+    `patient_pattern` is the expression that the patients were told by, None where there was none.
+    """
 
     name: str
     path: Path
     labels: dict[int, str]
     modalities: tuple[str, ...]
     cases: tuple[Case, ...]
+    patient_pattern: str | None = None
 
     @classmethod
     def read(cls, path: str | Path, *, patient_pattern: str | None = None) -> "Cohort":
         """Read a `dataset.json` in the layout of the Medical Segmentation Decathlon.
 
         `labels` may be `{"1": "liver"}` or nnU-Net's `{"liver": 1}`. A case's id is its image's file name without
-        `.nii`/`.nii.gz` (and without nnU-Net's `_0000`). Its patient is the entry's "patient", else the first
-        group of `patient_pattern` searched in the id, else the id.
+        `.nii`/`.nii.gz` (and without nnU-Net's `_0000`), or its path where several images share a name. Its patient is
+        the entry's "patient", else the first group of `patient_pattern` searched in the id, else the id.
 
         Args:
             path: the file, or the folder that holds it.
@@ -72,7 +77,8 @@ class Cohort:
             path = path / "dataset.json"
         listing = _parse(path)
         pattern = _compiled(patient_pattern)
-        cases = tuple(_case(path, entry, pattern) for entry in listing.training)
+        names = Counter(_name(entry.image) for entry in listing.training)
+        cases = tuple(_case(path, entry, pattern, alone=names[_name(entry.image)] == 1) for entry in listing.training)
         if not cases:
             raise SegraftError(f'{path} lists no cases under "training": add at least one.')
         twice = [case for case, count in Counter(case.id for case in cases).items() if count > 1]
@@ -80,7 +86,14 @@ class Cohort:
             raise SegraftError(f"{path} lists the case {twice[0]} more than once: keep one entry per case.")
         modalities = tuple(listing.modality[number] for number in sorted(listing.modality))
         name = listing.name or path.resolve().parent.name
-        return cls(name=name, path=path, labels=listing.labels, modalities=modalities, cases=cases)
+        return cls(
+            name=name,
+            path=path,
+            labels=listing.labels,
+            modalities=modalities,
+            cases=cases,
+            patient_pattern=patient_pattern,
+        )
 
     def select_labels(self, asked: Sequence[str]) -> dict[int, str]:
         """The labels asked for, by number or name (case does not matter), in the order asked; all if none is.
@@ -185,10 +198,16 @@ def _compiled(pattern: str | None) -> re.Pattern[str] | None:
     return compiled
 
 
-def _case(path: Path, entry: _Entry, pattern: re.Pattern[str] | None) -> Case:
+def _name(image: str) -> str:
+    return PurePosixPath(image).name.removesuffix(".gz").removesuffix(".nii").removesuffix("_0000")
+
+
+def _case(path: Path, entry: _Entry, pattern: re.Pattern[str] | None, *, alone: bool) -> Case:
+    """A case is named as its file or, where several files share a name (`s1/ct.nii.gz`), as its path."""
     image = _inside(path, entry.image)
     label = None if entry.label is None else _inside(path, entry.label)
-    identity = image.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_0000")
+    folder = PurePosixPath(entry.image).parent
+    identity = _name(entry.image) if alone else "_".join((*folder.parts, _name(entry.image)))
     return Case(id=identity, patient=entry.patient or _patient(path, identity, pattern), image=image, label=label)
 
 

@@ -1,6 +1,6 @@
 """Random patches of prepared cases: what a network sees in training."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ class PatchSource(Dataset[dict[str, Any]]):
         foreground_fraction: float = 0.5,
         augment: bool = True,
         flip_axes: Sequence[int] | None = None,
+        watch: Callable[[Sequence[Case]], Iterable[Case]] = iter,
     ) -> None:
         """Prepare every case.
 
@@ -52,6 +53,7 @@ class PatchSource(Dataset[dict[str, Any]]):
             augment: whether to vary patches (see `Augmentation`).
             flip_axes: axes of the prepared volume along which patches may be mirrored. None: left-right alone,
                 the body's one near symmetry. Empty where a label has a side ("left kidney").
+            watch: passes the cases on while they are prepared, to show progress.
 
         Raises:
             SegraftError: no cases, numbers out of range, or a case that cannot be prepared.
@@ -71,7 +73,7 @@ class PatchSource(Dataset[dict[str, Any]]):
         if flip_axes is None:
             flip_axes = [axis for axis, code in enumerate(preparation.orientation) if code in "LR"]
         self._augmentation = Augmentation(tuple(flip_axes)) if augment else None
-        self._volumes = [_volume(case, preparation, self.labels) for case in cases]
+        self._volumes = [_volume(case, preparation, self.labels) for case in watch(cases)]
 
     def __len__(self) -> int:
         return len(self._volumes)

@@ -1,8 +1,8 @@
 """From a scan as it was taken to what a network sees, and from the network's grid back to the scan's."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import nibabel as nib
 import numpy as np
@@ -11,7 +11,16 @@ from monai.data import MetaTensor
 from monai.transforms import CropForeground, Orientation, ScaleIntensityRange, Spacing
 from monai.transforms.utils_pytorch_numpy_unification import percentile
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from segraft.data.checks import check_image, load_case
 from segraft.data.cohort import Case
@@ -69,6 +78,21 @@ class Preparation(_Settings):
     intensity: Annotated[Window | Percentiles, Field(discriminator="kind")] = Percentiles()
     crop_foreground: bool = False
     patch: tuple[PositiveInt, PositiveInt, PositiveInt] = (96, 96, 96)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], path: str | Path) -> "Preparation":
+        """The preparation that the file at `path` has recorded.
+
+        Raises:
+            SegraftError: the record is none of a preparation, or of a later version.
+        """
+        try:
+            return cls(**record)
+        except (ValidationError, TypeError) as error:
+            raise SegraftError(
+                f"{path} does not say how its scans were prepared in a way that this version knows: update segraft, or "
+                "make the file again."
+            ) from error
 
     @field_validator("orientation")
     @classmethod

@@ -14,13 +14,13 @@ from segraft.adapters import AdapterSpec, ParameterTable, parameter_table
 from segraft.data.cohort import Cohort
 from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
-from segraft.jobs.cases import choose
+from segraft.jobs.cases import Served, choose, read_cohort
 from segraft.jobs.model import ADAPTER_FILE, build_from
 from segraft.jobs.run_folder import RunFolder, versions
 from segraft.jobs.training_set import training_set
 from segraft.networks import load_base, load_weights
 from segraft.networks.bases import FILE_NAME
-from segraft.training.fit import Fit, check_device, fit
+from segraft.training.fit import Fit, check_device, check_precision, fit
 from segraft.training.settings import TrainingSettings
 
 ADAPTING: dict[str, Any] = {"learning_rate": 3e-3, "stop_when_converged": True}
@@ -54,7 +54,7 @@ class BaseSource:
     weights: str | Path | None = None
     arguments: Mapping[str, Any] | None = None
 
-    def load(self, labels: int) -> tuple[nn.Module, dict[str, Any], Preparation | None, Mapping[str, str]]:
+    def load(self, labels: int) -> tuple[nn.Module, dict[str, Any], Preparation | None, Served]:
         """The network, its description, the preparation it was trained with, and the images that trained it.
 
         Args:
@@ -64,10 +64,15 @@ class BaseSource:
             SegraftError: it does not exist, does not fit, or has another number of outputs.
         """
         if self.weights is None:
+            if self.arguments:
+                raise SegraftError(
+                    f"network arguments go with weights from elsewhere; the base {self.base} has its own: leave "
+                    "--network-args out, or add --weights."
+                )
             net, info = load_base(self.base)
             described = {"network": info.network, "arguments": info.arguments, "path": str(info.path)}
             recorded = info.record.get("preparation")
-            preparation = None if recorded is None else Preparation(**recorded)
+            preparation = None if recorded is None else Preparation.from_record(recorded, info.path)
             outputs = info.arguments["out_channels"]
             if outputs != labels:
                 names = ", ".join(info.record.get("labels", {}).values()) or "of unknown labels"
@@ -75,12 +80,12 @@ class BaseSource:
                     f"the base {info.path} has {outputs} outputs ({names}), but {labels} labels were asked for: ask "
                     f"for {outputs} with --labels."
                 )
-            return net, described, preparation, info.record.get("cases", {})
+            return net, described, preparation, Served.of(info.record)
         arguments = {"in_channels": 1, "out_channels": labels, **(self.arguments or {})}
         net = build_from(str(self.base), arguments)
         load_weights(net, self.weights)
         described = {"network": str(self.base), "arguments": arguments, "path": str(self.weights)}
-        return net, described, None, {}
+        return net, described, None, Served()
 
 
 def adapt(
@@ -120,12 +125,14 @@ def adapt(
     settings, spec = settings or TrainingSettings(**ADAPTING), spec or AdapterSpec("dora_c")
     source = base if isinstance(base, BaseSource) else BaseSource(base)
     check_device(settings.device)
+    check_precision(settings.device, settings.precision)
     folder = RunFolder(Path(out), ADAPTER_FILE, resume=resume, overwrite=overwrite)
     cohort = Cohort.read(data, patient_pattern=patient_pattern)
     asked = cohort.select_labels(labels)
     net, described, inherited, pretrained_on = source.load(len(asked))
+    cohort = read_cohort(data, patient_pattern, pretrained_on)
     adapters.graft(net, spec, seed=settings.seed)
-    chosen = choose(cohort, shots, seed=settings.seed, never={}, avoid=pretrained_on, purpose="to adapt to")
+    chosen = choose(cohort, shots, seed=settings.seed, avoid=pretrained_on, purpose="to adapt to")
     given = training_set(
         cohort,
         chosen.cases,
@@ -134,6 +141,7 @@ def adapt(
         preparation=preparation,
         inherited=inherited,
         settings=settings,
+        console=console,
     )
     base_record = described | {"fingerprint": adapters.fingerprint(net)}
     base_record["path"] = _relative(Path(described["path"]), folder.path)

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
 
 from segraft.data.cohort import Case, Cohort
 from segraft.data.splits import draw
@@ -17,11 +19,40 @@ class Chosen:
     notes: tuple[str, ...] = ()
 
 
-def served_cases(cohort: Cohort, digests: Mapping[str, str]) -> frozenset[str]:
+@dataclass(frozen=True)
+class Served:
+    """Images that trained a file, as its record says.
+
+    Attributes:
+        digests: of the images, by case id.
+        dataset: name of the cohort they are of.
+        patient_pattern: that the cohort's patients were told by.
+    """
+
+    digests: Mapping[str, str] = field(default_factory=dict)
+    dataset: str | None = None
+    patient_pattern: str | None = None
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Self:
+        """What the record of an adapter or a base says."""
+        return cls(record.get("cases", {}), record.get("dataset"), record.get("patient_pattern"))
+
+
+def read_cohort(data: str | Path, patient_pattern: str | None, *served: Served) -> Cohort:
+    """Read a cohort, its patients told as before where the same cohort served with a pattern and none is given now."""
+    cohort = Cohort.read(data, patient_pattern=patient_pattern)
+    patterns = [each.patient_pattern for each in served if each.dataset == cohort.name and each.patient_pattern]
+    if patient_pattern is None and patterns:
+        return Cohort.read(data, patient_pattern=patterns[0])
+    return cohort
+
+
+def served_cases(cohort: Cohort, served: Served) -> frozenset[str]:
     """Ids of the cases of patients any of whose images (recognised by content) served before."""
-    if not digests:
+    if not served.digests:
         return frozenset()
-    known = set(digests.values())
+    known = set(served.digests.values())
     patients = {case.patient for case in cohort.cases if case.digest() in known}
     return frozenset(case.id for case in cohort.cases if case.patient in patients)
 
@@ -31,9 +62,9 @@ def choose(
     count: int | Sequence[str] | None,
     *,
     seed: int,
-    never: Mapping[str, str],
-    avoid: Mapping[str, str],
     purpose: str,
+    never: Served | None = None,
+    avoid: Served | None = None,
 ) -> Chosen:
     """Draw patients of a cohort.
 
@@ -41,19 +72,24 @@ def choose(
         cohort: to draw from.
         count: patients; None means all that may serve. Or the ids of the cases to take.
         seed: of the draw.
-        never: images (id -> digest) whose patients must not serve: those the adapter itself was trained on.
-        avoid: images whose patients serve only where there are not enough others: those the base was trained on.
         purpose: for messages, such as "to adapt to".
+        never: images whose patients must not serve: those the adapter itself was trained on.
+        avoid: images whose patients serve only where there are not enough others: those the base was trained on.
 
     Raises:
-        SegraftError: fewer patients than asked for; an id that the cohort does not have, or that must not serve.
+        SegraftError: fewer patients than asked for; an id that the cohort does not have, that is named twice, or that
+            must not serve.
     """
-    excluded, avoided = served_cases(cohort, never), served_cases(cohort, avoid)
+    excluded, avoided = served_cases(cohort, never or Served()), served_cases(cohort, avoid or Served())
+    notes = []
     if not (count is None or isinstance(count, int)):
-        return Chosen(_by_id(cohort, count, excluded, purpose))
+        cases = _by_id(cohort, count, excluded, purpose)
+        again = sum(case.id in avoided for case in cases)
+        return Chosen(cases, (_again(again, purpose),) if again else ())
     allowed = [case for case in cohort.cases if case.id not in excluded]
     fresh = [case for case in allowed if case.id not in avoided]
-    patients = len({case.patient for case in allowed})
+    known = [case for case in allowed if case.id in avoided]
+    patients, fresh_patients = len({case.patient for case in allowed}), len({case.patient for case in fresh})
     if count is not None and count < 1:
         raise SegraftError(f"{count} cases {purpose}: ask for at least 1.")
     if patients < (count or 1):
@@ -62,21 +98,21 @@ def choose(
             f"{count or 1} cases {purpose} were asked for, but {cohort.path} has {patients}{because}: ask for fewer, "
             "or add labelled scans."
         )
-    notes = []
     if excluded:
         notes.append(f"{len(excluded)} cases of {cohort.name} trained the adapter and are left out.")
-    if len({case.patient for case in fresh}) >= (count or 1):
-        if len(fresh) < len(allowed):
-            notes.append(f"{len(allowed) - len(fresh)} cases of {cohort.name} trained the base and are left out.")
-        pool: Sequence[Case] = fresh
-    else:
-        notes.append(
-            f"All or nearly all cases of {cohort.name} also trained the base (on its own labels), so some of them "
-            f"serve {purpose}; to keep cases apart, pre-train with --cases."
-        )
-        pool = allowed
-    cases = tuple(pool) if count is None else draw(pool, count, seed=seed)
-    return Chosen(cases, tuple(notes))
+    if fresh_patients >= (count or 1):
+        if known:
+            notes.append(f"{len(known)} cases of {cohort.name} trained the base and are left out.")
+        return Chosen(tuple(fresh) if count is None else draw(fresh, count, seed=seed), tuple(notes))
+    more = tuple(known) if count is None else draw(known, count - fresh_patients, seed=seed)
+    return Chosen((*fresh, *more), (*notes, _again(len(more), purpose)))
+
+
+def _again(count: int, purpose: str) -> str:
+    return (
+        f"{count} of the cases {purpose} also trained the base (on its own labels), as there are not enough others; to "
+        "keep cases apart, pre-train with --cases."
+    )
 
 
 def _by_id(cohort: Cohort, ids: Sequence[str], excluded: AbstractSet[str], purpose: str) -> tuple[Case, ...]:
@@ -86,4 +122,6 @@ def _by_id(cohort: Cohort, ids: Sequence[str], excluded: AbstractSet[str], purpo
             raise SegraftError(f"case {each!r} {purpose} is not in {cohort.path}: name cases by their image files.")
         if each in excluded:
             raise SegraftError(f"case {each!r} trained the adapter and must not serve {purpose}: leave it out.")
+        if ids.count(each) > 1:
+            raise SegraftError(f"case {each!r} is named more than once {purpose}: name it once.")
     return tuple(known[each] for each in ids)

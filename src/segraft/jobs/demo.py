@@ -15,6 +15,7 @@ from segraft.adapters import AdapterSpec
 from segraft.data.checks import load_case
 from segraft.data.cohort import Case, Cohort
 from segraft.data.phantom import write_cohort
+from segraft.errors import SegraftError
 from segraft.evaluation.figures import comparison_figure, dice_figure
 from segraft.evaluation.metrics import spacing_of
 from segraft.evaluation.report import write_report
@@ -25,6 +26,7 @@ from segraft.jobs.model import Model, load_model
 from segraft.jobs.predict import predict
 from segraft.jobs.pretrain import pretrain
 from segraft.jobs.run_folder import versions
+from segraft.jobs.watching import watched
 from segraft.training.settings import check_settings
 from segraft.training.strategies import selectors
 
@@ -78,6 +80,8 @@ def demo(
         console: for progress; None is silent.
     """
     out = Path(out)
+    if (out / "base").exists() and not (out / "traumatic").exists():
+        raise SegraftError(f"{out / 'base'} exists and is not of an earlier demo: choose another --out.")
     say: Callable[[str], None] = (lambda _: None) if console is None else console.print
     say(f"1/4 drawing {SOURCE} heads with traumatic and {SHOTS + TESTS} with subarachnoid blood")
     source = write_cohort(out / "traumatic", task="traumatic", patients=SOURCE, seed=seed)
@@ -126,7 +130,7 @@ def demo(
     tests = [case for case in cohort.cases if case.id not in served]
     masks: dict[str, dict[str, Mask]] = {case.id: {} for case in tests}
     for row in rows:
-        for case in tests:
+        for case in watched("testing", console)(tests):
             mask, _ = row.model.segment(case.image, device=device, precision=precision)
             row.results.extend(measure(case, mask, row.model.labels))
             masks[case.id][row.name] = mask

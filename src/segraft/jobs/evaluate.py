@@ -3,20 +3,19 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import track
 
 from segraft.data.checks import check_cases, load_case
-from segraft.data.cohort import Case, Cohort
+from segraft.data.cohort import Case
 from segraft.errors import SegraftError
 from segraft.evaluation.results import CaseResult, evaluate_case, save_results
-from segraft.jobs.cases import choose
+from segraft.jobs.cases import choose, read_cohort
 from segraft.jobs.model import Model, load_model
 from segraft.jobs.run_folder import versions
+from segraft.jobs.watching import watched
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def evaluate(
     """
     if not isinstance(model, Model):
         model = load_model(model, base=base)
-    cohort = Cohort.read(data, patient_pattern=patient_pattern)
+    cohort = read_cohort(data, patient_pattern, model.adapted_on, model.pretrained_on)
     asked = cohort.select_labels(labels or [str(value) for value in model.labels])
     if len(asked) != len(model.labels):
         raise SegraftError(f"{model.source} has {len(model.labels)} labels, but {len(asked)} were asked for.")
@@ -78,11 +77,11 @@ def evaluate(
         avoid=model.pretrained_on,
         purpose="to evaluate on",
     )
-    check_cases(chosen.cases, cohort, asked, each_present=False)
+    check_cases(chosen.cases, cohort, asked, each_present=False, watch=watched("checking scans", console))
     results: list[CaseResult] = []
-    shown: Any = chosen.cases
-    for case in shown if console is None else track(shown, "evaluating", console=console, transient=True):
-        results += evaluate_one(model, case, device=device, precision=precision)
+    for case in watched("evaluating", console)(chosen.cases):
+        prediction, _ = model.segment(case.image, device=device, precision=precision)
+        results += measure(case, prediction, asked)
     record = {
         "model": str(model.source.name),
         "dataset": cohort.name,
@@ -92,12 +91,6 @@ def evaluate(
     }
     csv, json = save_results(results, Path(out) if out is not None else model.source.parent, record=record)
     return Evaluated(results, csv, json, chosen.notes)
-
-
-def evaluate_one(model: Model, case: Case, *, device: str = "auto", precision: str = "32") -> list[CaseResult]:
-    """Measure one case with a label, in memory."""
-    prediction, _ = model.segment(case.image, device=device, precision=precision)
-    return measure(case, prediction, model.labels)
 
 
 def measure(case: Case, prediction: NDArray[np.int64], labels: Mapping[int, str]) -> list[CaseResult]:

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from segraft.adapters import AdapterHeader
+from segraft.adapters import PRESETS, AdapterHeader
 from segraft.jobs.model import describe as header_of
 
 
@@ -20,6 +20,8 @@ def describe(path: str | Path) -> dict[str, Any]:
             "kind": "adapter",
             "version": header.version,
             "spec": header.spec.to_dict(),
+            "formula": PRESETS[header.spec.method].formula,
+            "paper": PRESETS[header.spec.method].source,
             "base fingerprint": header.fingerprint,
             "tensors": len(header.tensors),
             "parameters": sum(math.prod(shape) for shape in header.tensors.values()),

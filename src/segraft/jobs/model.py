@@ -8,17 +8,20 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from torch import nn
 
 from segraft import adapters
 from segraft.adapters import AdapterHeader, read_header
+from segraft.data.nifti import load_nifti
 from segraft.data.preparation import Preparation, prepare_image, to_input_grid
 from segraft.errors import SegraftError
 from segraft.inference import label_map, sliding_probability
+from segraft.jobs.cases import Served
 from segraft.networks import Base, build, load_base, load_weights, read_base
 from segraft.networks.bases import FILE_NAME
+from segraft.training.fit import check_device, check_precision
 
 ADAPTER_FILE = "adapter.safetensors"
 
@@ -31,7 +34,7 @@ class Model:
         net: in evaluation mode, adapters merged.
         labels: value -> name, in the order of the network's outputs.
         preparation: of the scans.
-        adapted_on: images (id -> digest) that trained the adapter.
+        adapted_on: images that trained the adapter.
         pretrained_on: images that trained the base.
         source: the file it came from.
     """
@@ -39,8 +42,8 @@ class Model:
     net: nn.Module
     labels: dict[int, str]
     preparation: Preparation
-    adapted_on: Mapping[str, str]
-    pretrained_on: Mapping[str, str]
+    adapted_on: Served
+    pretrained_on: Served
     source: Path
 
     def segment(
@@ -51,11 +54,10 @@ class Model:
         Raises:
             SegraftError: the scan is not usable, or the network's output on it is not finite.
         """
-        from segraft.data.nifti import load_nifti
-
         image = prepare_image(scan, self.preparation)
         original = load_nifti(scan)
         where = resolve_device(device)
+        check_precision(where, precision)
         probability = sliding_probability(
             self.net.to(where),
             image.as_tensor(),
@@ -73,10 +75,6 @@ def resolve_device(device: str) -> str:
     Raises:
         SegraftError: the device asked for is not there.
     """
-    import torch
-
-    from segraft.training.fit import check_device
-
     if device != "auto":
         return check_device(device)
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -96,17 +94,17 @@ def load_model(path: str | os.PathLike[str], *, base: str | os.PathLike[str] | N
     if path.name == FILE_NAME:
         net, info = load_base(path)
         record = info.record
-        return _model(net, path, record, adapted_on={}, pretrained_on=record.get("cases", {}))
+        return _model(net, path, record, adapted_on=Served(), pretrained_on=Served.of(record))
     if _holds_base(path):
         raise SegraftError(f"{path} is a base, not an adapter: give the adapter file, or name the base {FILE_NAME}.")
     header = read_header(path)
     net, pretrained_on = load_base_of(header, base)
     adapters.load(net, path)
     adapters.merge(net, reversible=False)
-    return _model(net, path, header.record, adapted_on=header.record.get("cases", {}), pretrained_on=pretrained_on)
+    return _model(net, path, header.record, adapted_on=Served.of(header.record), pretrained_on=pretrained_on)
 
 
-def load_base_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> tuple[nn.Module, Mapping[str, str]]:
+def load_base_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> tuple[nn.Module, Served]:
     """The base that an adapter was trained on, and the images that trained the base.
 
     Raises:
@@ -125,10 +123,10 @@ def load_base_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> 
         raise SegraftError(f"the base of {header.path} is not at {where}: say where it is with --base.")
     if where.name == FILE_NAME or _holds_base(where):
         net, info = load_base(where)
-        return net, info.record.get("cases", {})
+        return net, Served.of(info.record)
     net = build_from(described["network"], described["arguments"])
     load_weights(net, where)
-    return net.eval(), {}
+    return net.eval(), Served()
 
 
 def build_from(network: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -173,15 +171,16 @@ def _model(
     path: Path,
     record: Mapping[str, Any],
     *,
-    adapted_on: Mapping[str, str],
-    pretrained_on: Mapping[str, str],
+    adapted_on: Served,
+    pretrained_on: Served,
 ) -> Model:
     try:
         labels = {int(value): str(name) for value, name in record["labels"].items()}
-        preparation = Preparation(**record["preparation"])
-    except (KeyError, TypeError, AttributeError, ValidationError) as error:
+        recorded = record["preparation"]
+    except (KeyError, TypeError, AttributeError) as error:
         raise SegraftError(
             f"{path} does not say what its network segments or how its scans were prepared: it was not written by "
             "`segraft pretrain` or `segraft adapt`."
         ) from error
+    preparation = Preparation.from_record(recorded, path)
     return Model(net.eval(), labels, preparation, adapted_on, pretrained_on, path)

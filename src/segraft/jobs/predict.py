@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
 
-from segraft.data.checks import check_image
-from segraft.data.nifti import list_scans, write_mask
+from segraft.data.nifti import SUFFIXES, list_scans, write_mask
+from segraft.data.preparation import prepare_image
 from segraft.errors import SegraftError
 from segraft.evaluation.metrics import spacing_of, volume_ml
 from segraft.jobs.model import Model, load_model
+from segraft.jobs.watching import watched
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ def predict(
     masks = _mask_paths(paths, out, single=len(scans) == 1 and not Path(scans[0]).is_dir())
     if not isinstance(model, Model):
         model = load_model(model, base=base)
-    for path in paths:  # all of them before any is segmented, so that a bad one leaves no part of the masks
-        check_image(path)
+    # All of them before any is segmented, so that a bad one leaves no part of the masks.
+    for path in watched("checking scans", console)(paths):
+        prepare_image(path, model.preparation)
     results = []
-    pairs = list(zip(paths, masks, strict=True))
-    for scan, mask_path in pairs if console is None else track(pairs, "segmenting", console=console, transient=True):
+    for scan, mask_path in watched("segmenting", console)(list(zip(paths, masks, strict=True))):
         mask, image = model.segment(scan, device=device, precision=precision)
         write_mask(mask, image, mask_path)
         spacing = spacing_of(image.affine)
@@ -73,6 +73,8 @@ def _mask_paths(scans: Sequence[Path], out: Path, *, single: bool) -> list[Path]
         raise SegraftError(f"{out} is no NIfTI name: let the mask end in .nii.gz, or name a folder.")
     masks = [out] if is_file else [out / scan.name for scan in scans]
     for scan, mask in zip(scans, masks, strict=True):
+        if not mask.name.endswith(SUFFIXES):
+            raise SegraftError(f"{scan} is not named as a NIfTI file, and its mask would be: name it .nii or .nii.gz.")
         if mask.resolve() == scan.resolve():
             raise SegraftError(f"the mask would replace its scan {scan}: choose another output path.")
     twice = {mask for mask in masks if masks.count(mask) > 1}

@@ -17,7 +17,7 @@ from segraft.jobs.run_folder import RunFolder, versions
 from segraft.jobs.training_set import training_set
 from segraft.networks import load_weights, save_base
 from segraft.networks.bases import FILE_NAME
-from segraft.training.fit import Fit, check_device, fit
+from segraft.training.fit import Fit, check_device, check_precision, fit
 from segraft.training.settings import TrainingSettings
 
 
@@ -73,6 +73,7 @@ def pretrain(
     """
     settings = settings or TrainingSettings()
     check_device(settings.device)
+    check_precision(settings.device, settings.precision)
     folder = RunFolder(Path(out), FILE_NAME, resume=resume, overwrite=overwrite)
     cohort = Cohort.read(data, patient_pattern=patient_pattern)
     asked = cohort.select_labels(labels)
@@ -81,7 +82,7 @@ def pretrain(
     net = build_from(network, arguments)
     if weights is not None:
         load_weights(net, weights)
-    chosen = choose(cohort, cases, seed=settings.seed, never={}, avoid={}, purpose="to pre-train on")
+    chosen = choose(cohort, cases, seed=settings.seed, purpose="to pre-train on")
     given = training_set(
         cohort,
         chosen.cases,
@@ -90,6 +91,7 @@ def pretrain(
         preparation=preparation,
         inherited=None,
         settings=settings,
+        console=console,
     )
     request = {"network": network, "arguments": arguments, "settings": settings.model_dump(mode="json"), **given.task}
     with folder.training(request):

@@ -22,7 +22,7 @@ class RunFolder:
         overwrite: replace a result that is there.
 
     Raises:
-        SegraftError: a result is there already, or there is nothing to resume.
+        SegraftError: a result or an unfinished training is there already, or there is nothing to resume.
     """
 
     def __init__(self, path: Path, result: str, *, resume: bool, overwrite: bool) -> None:
@@ -33,6 +33,8 @@ class RunFolder:
             raise SegraftError(f"there is nothing to resume in {path}: {done}.")
         if self.result.exists() and not (overwrite or resume):
             raise SegraftError(f"{self.result} exists: choose another --out, or pass --overwrite.")
+        if self.checkpoint.is_file() and not (overwrite or resume):
+            raise SegraftError(f"{path} holds an unfinished training: go on with --resume, or pass --overwrite.")
 
     @contextmanager
     def training(self, asked: Mapping[str, Any]) -> Iterator[None]:

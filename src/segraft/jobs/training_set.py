@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console
 from torch import nn
 
 from segraft.data.checks import check_cases
@@ -12,6 +13,7 @@ from segraft.data.patches import PatchSource
 from segraft.data.preparation import Preparation
 from segraft.jobs.model import task_record
 from segraft.jobs.preparing import check_network, settle_preparation
+from segraft.jobs.watching import watched
 from segraft.training.settings import TrainingSettings
 
 
@@ -37,6 +39,7 @@ def training_set(
     preparation: Preparation | Mapping[str, Any] | None,
     inherited: Preparation | None,
     settings: TrainingSettings,
+    console: Console | None,
 ) -> TrainingSet:
     """Check and prepare cases for a network.
 
@@ -48,11 +51,12 @@ def training_set(
         preparation: as the user wants it; see `settle_preparation`.
         inherited: as the base was trained.
         settings: of the training.
+        console: for progress; None is silent.
 
     Raises:
         SegraftError: what `check_cases`, `settle_preparation` or `check_network` refuses.
     """
-    check_cases(cases, cohort, labels)
+    check_cases(cases, cohort, labels, watch=watched("checking scans", console))
     settled = settle_preparation(preparation, inherited, net, cases)
     check_network(net, settled.patch, len(labels))
     source = PatchSource(
@@ -64,6 +68,12 @@ def training_set(
         foreground_fraction=settings.foreground,
         augment=settings.augment,
         flip_axes=None if settings.flip else (),
+        watch=watched("preparing scans", console),
     )
     digests = {case.id: case.digest() for case in cases}
-    return TrainingSet(source, task_record(labels, settled) | {"dataset": cohort.name, "cases": digests})
+    task = task_record(labels, settled) | {
+        "dataset": cohort.name,
+        "patient_pattern": cohort.patient_pattern,
+        "cases": digests,
+    }
+    return TrainingSet(source, task)

@@ -23,6 +23,7 @@ from segraft.errors import SegraftError
 from segraft.networks.registry import build
 
 FILE_NAME = "base.safetensors"
+FORMAT = 1
 CHANNELS = ("in_channels", "out_channels")
 
 
@@ -73,6 +74,7 @@ def save_base(
         raise SegraftError(f"{path} is not written: give in_channels and out_channels among the network's arguments.")
     base = Base(path, network, dict(arguments), fingerprint(net), dict(record or {}))
     header = {
+        "format": FORMAT,
         "version": __version__,
         "network": network,
         "arguments": base.arguments,
@@ -144,11 +146,10 @@ def load_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         SegraftError: missing, unreadable, a pickle with more than tensors in it, or keys and shapes that do not fit.
     """
-    tensors = _read_tensors(Path(path))
+    tensors, wanted = _read_tensors(Path(path)), net.state_dict()
     for prefix in ("module.", "net.", "model.", "_orig_mod."):
-        if tensors and all(key.startswith(prefix) for key in tensors):
+        if all(key.startswith(prefix) for key in tensors) and not all(key.startswith(prefix) for key in wanted):
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    wanted = net.state_dict()
     missing, unexpected = set(wanted) - set(tensors), set(tensors) - set(wanted)
     reshaped = {key for key in set(wanted) & set(tensors) if wanted[key].shape != tensors[key].shape}
     problems = [

@@ -118,7 +118,7 @@ def _by_path(network: str) -> Callable[..., nn.Module]:
         )
     try:
         factory: Callable[..., nn.Module] = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:  # ValueError: no module name
+    except Exception as error:  # a module may raise anything when it is imported
         raise SegraftError(f"network {network!r} cannot be imported ({error}): is its package installed?") from error
     # Files name networks too, and must not be able to name anything that runs: only a module class is called.
     if not (isinstance(factory, type) and issubclass(factory, nn.Module)):

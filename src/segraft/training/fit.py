@@ -137,6 +137,16 @@ def _check_checkpoint(path: Path) -> None:
         raise SegraftError(f"{path} is no checkpoint of a training: start without --resume.")
 
 
+def check_precision(device: str, precision: str) -> None:
+    """Refuse half precision on the CPU, where libraries put bf16 in its place.
+
+    Raises:
+        SegraftError: it is asked for.
+    """
+    if precision == "16" and not (device == "cuda" or (device == "auto" and torch.cuda.is_available())):
+        raise SegraftError(f"precision 16 needs a GPU, and the device is {device!r}: use --precision bf16 or 32.")
+
+
 def check_device(device: str) -> str:
     """`device` itself, once it is known to be there.
 

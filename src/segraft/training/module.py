@@ -6,7 +6,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from segraft.adapters import require_gradients
+from segraft.adapters import has_adapters, require_gradients
 from segraft.errors import SegraftError
 from segraft.training.losses import LOSSES
 from segraft.training.settings import TrainingSettings
@@ -45,7 +45,15 @@ class SegmentationTask(LightningModule):
         image, mask = batch["image"], batch["label"]
         if image.shape[-1] == 1:
             image, mask = image.squeeze(-1), mask.squeeze(-1)
-        logits = self.net(image)
+        try:
+            logits = self.net(image)
+        except ValueError as error:
+            if isinstance(error, SegraftError):
+                raise
+            raise SegraftError(
+                f"{type(self.net).__name__} cannot train on {len(image)} patches of {tuple(image.shape[2:])} voxels "
+                f"({error}): use larger or more patches."
+            ) from error
         if not isinstance(logits, Tensor) or logits.shape != mask.shape:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise SegraftError(
@@ -61,10 +69,13 @@ class SegmentationTask(LightningModule):
         return loss
 
     def on_after_backward(self) -> None:
-        """After the first backward pass every trainable tensor must have a gradient."""
-        if not self.checked:
+        """After the first backward pass every trainable tensor of an adapter must have a gradient.
+
+        A plain network may have layers that it never calls (newer ViTs of MONAI do): they just stay as they are.
+        """
+        if not self.checked and has_adapters(self.net):
             require_gradients(self.net)
-            self.checked = True
+        self.checked = True
 
     def configure_optimizers(self) -> Any:
         """AdamW over what is trainable, with the schedule stepping once per step."""

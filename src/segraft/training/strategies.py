@@ -1,6 +1,7 @@
 """Tuning strategies: what of the network is trained whole, as data.
 
-A strategy is a tuple of `train` selectors of `AdapterSpec`, so each combines with every adapter method.
+A strategy is a tuple of `train` selectors of `AdapterSpec`, so each combines with every adapter method, which then
+adapts the layers that are left (after `full`, none is).
 To add one, add one entry.
 """
 
