@@ -53,6 +53,13 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console(stderr=True)
 
+    asked = {name: value for name, value in vars(arguments).items() if name not in ("data", "out", "device")}
+    settings = arguments.out / "settings.json"
+    if settings.is_file() and json.loads(settings.read_text(encoding="utf-8")) != asked:
+        raise SystemExit(f"{arguments.out} was started with {settings.read_text()}: use the same, or another --out.")
+    with replacing(settings) as aside:
+        aside.write_text(json.dumps(asked), encoding="utf-8")
+
     base_folder = arguments.out / "base"
     if not (base_folder / "base.safetensors").is_file():
         pretrain(
@@ -70,6 +77,7 @@ def main() -> None:
                 seed=arguments.seed,
                 device=arguments.device,
             ),
+            resume=(base_folder / "last.ckpt").is_file(),
             console=console,
         )
     base = read_base(base_folder)
@@ -139,6 +147,7 @@ def one(
                 seed=arguments.seed,
                 device=arguments.device,
             ),
+            resume=(run / "last.ckpt").is_file(),
             console=console,
         )
     record = read_header(model).record if name != "none" else {}

@@ -1,7 +1,9 @@
 """Adapter files: what is saved comes back bit for bit; what is damaged or foreign is refused."""
 
+import errno
 import json
 import struct
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -290,26 +292,32 @@ def test_which_adapter_must_be_clear(net, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_write_leaves_no_file(net, tmp_path, monkeypatch):
-    def interrupted(tensors, filename, metadata=None):
-        filename.write_bytes(b"half of it")
-        raise KeyboardInterrupt
+@pytest.fixture
+def half_written(monkeypatch):
+    """half_written(error): from now on every write stops half-way with this error."""
 
-    monkeypatch.setattr(safetensors.torch, "save_file", interrupted)
+    def stop(error: BaseException) -> None:
+        def write(path: Path, data: bytes) -> int:
+            with path.open("wb") as file:
+                file.write(data[: len(data) // 2])
+            raise error
+
+        monkeypatch.setattr(Path, "write_bytes", write)
+
+    return stop
+
+
+def test_an_interrupted_write_leaves_no_file(net, tmp_path, half_written):
+    half_written(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         save(net, tmp_path / "task.safetensors")
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_write_leaves_the_old_file(net, path, monkeypatch):
+def test_a_full_disk_leaves_the_old_file_and_one_sentence(net, path, half_written):
     before = path.read_bytes()
-
-    def interrupted(tensors, filename, metadata=None):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(safetensors.torch, "save_file", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        save(net, path)
+    half_written(OSError(errno.ENOSPC, "No space left on device"))
+    refused(lambda: save(net, path), "No space left on device", "choose another output path")
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from segraft.adapters import AdapterSpec, graft
+from segraft.adapters.edits import BiasFactor
 
 
 def norm_by_output_channel(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
@@ -148,3 +149,16 @@ def test_a_bias_that_two_layers_share_is_not_untied():
         other[1].bias = other[0].bias
         with pytest.raises(SegraftError, match="bias cannot be adapted"):
             graft(other, AdapterSpec("lora", bias=bias))
+
+
+def test_attention_with_weights_apart_has_a_bias_factor_for_each_of_them():
+    """q, k and v share one bias; each weight's factor moves its own third of it."""
+    net = nn.MultiheadAttention(4, 2, kdim=3, vdim=5)
+    edits = graft(nn.Sequential(net), AdapterSpec("lora", rank=2, alpha=2, bias="low_rank"))[0].segraft["default"]
+    factors = {key: edit for key, edit in edits.items() if isinstance(edit, BiasFactor)}
+    assert list(factors) == ["in_proj_bias_0_4", "in_proj_bias_4_8", "in_proj_bias_8_12"]
+    with torch.no_grad():
+        for place, edit in enumerate(factors.values()):
+            edit.beta.fill_(place + 1)
+        shift = net.in_proj_bias - net._parameters["in_proj_bias"]
+    torch.testing.assert_close(shift, torch.tensor([2.0] * 4 + [4.0] * 4 + [6.0] * 4))

@@ -153,6 +153,7 @@ def test_a_base_that_names_no_network_runs_nothing(refused, tmp_path, network):
         "subprocess:call": {"args": ["touch", str(trace)]},
     }[network]
     header = {
+        "format": 1,
         "network": network,
         "arguments": {"in_channels": 1, "out_channels": 1, **arguments},
         "fingerprint": "0" * 64,

@@ -128,7 +128,7 @@ def test_params(refused, options, says):
     refused("params", *options, says=says)
 
 
-@pytest.mark.parametrize("arguments", [["--epochs", "0"], ["--device", "abacus"], ["--patch", "16"], ["--no-such"]])
+@pytest.mark.parametrize("arguments", [["--epochs", "many"], ["--device", "abacus"], ["--patch", "16"], ["--no-such"]])
 def test_what_the_parser_refuses_ends_with_2_and_without_traceback(segraft, work, tmp_path, arguments):
     outcome = segraft("pretrain", "--data", work / "D", "--out", tmp_path / "base", *arguments)
     assert outcome.code == 2
@@ -140,3 +140,16 @@ def test_what_the_parser_refuses_ends_with_2_and_without_traceback(segraft, work
 def test_a_file_where_the_run_folder_should_be(adapt, tmp_path):
     (tmp_path / "taken").write_text("")
     adapt("--out", tmp_path / "taken" / "run", says=[tmp_path / "taken"])
+
+
+def test_network_arguments_without_weights(refused, work, tmp_path):
+    refused(
+        *("adapt", "--base", work / "base", "--data", work / "D", "--labels", "2", "--shots", "2"),
+        *("--network-args", '{"widths": [4]}', "--out", tmp_path / "run"),
+        says=["--weights"],
+    )
+
+
+def test_the_demo_does_not_replace_a_base_of_the_users(refused, work, tmp_path):
+    (tmp_path / "base").mkdir()
+    refused("demo", "--out", tmp_path, says=["choose another --out"])

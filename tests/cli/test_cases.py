@@ -136,3 +136,17 @@ def test_fewer_cases_than_shots(refused, work, tmp_path):
         *("--out", tmp_path / "run"),
         says=["9", "8", "dataset.json"],
     )
+
+
+def test_the_second_scan_of_a_patient_who_trained_never_serves(segraft, tmp_path, make_cohort, tiny):
+    """The pattern that told patients in training tells them in evaluation too, without being given again."""
+    names = [f"{patient}_{scan}" for patient in ("p1", "p2", "p3") for scan in "ab"]
+    make_cohort(tmp_path / "D", names, seed=7)
+    where = ("--data", tmp_path / "D", "--labels", "1")
+    pattern = ("--patient-pattern", r"(p\d)_", "--cases", "1")
+    made = segraft("pretrain", *where, *pattern, "--out", tmp_path / "base", *tiny, "--json")
+    assert made.code == 0, made.err
+    patient = made.json["cases"][0][:2]
+    told = segraft("evaluate", tmp_path / "base", *where, "--out", tmp_path, "--json").json["record"]["cases"]
+    assert len(told) == 4
+    assert not [case for case in told if case.startswith(patient)]

@@ -5,6 +5,7 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 COS, SIN = np.cos(0.3), np.sin(0.3)
 TURNED = np.array([[COS, -SIN, 0], [SIN, COS, 0], [0, 0, 1]])
@@ -148,3 +149,26 @@ class TestOutputPaths:
         refused(
             "predict", work / "run", tmp_path / "no.nii.gz", "-o", tmp_path / "m.nii", says=[tmp_path / "no.nii.gz"]
         )
+
+
+def test_a_bad_scan_among_good_ones_leaves_no_masks(refused, work, tmp_path, save_nifti):
+    """Readable, but without contrast between the percentiles: only preparing it shows that."""
+    empty = np.zeros((16, 16, 16), np.float32)
+    empty[0, 0, 0] = 1
+    bad = save_nifti(tmp_path / "z.nii.gz", empty)
+    good = work / "D" / "imagesTr" / "p0.nii.gz"
+    refused("predict", work / "run", good, bad, "-o", tmp_path / "masks", says=[bad, "percentiles"])
+
+
+def test_names_are_shown_as_they_are(segraft, work, tmp_path):
+    """Brackets are markup to the library that draws the tables."""
+    mask = tmp_path / "[old]" / "m.nii.gz"
+    shown = segraft("predict", work / "run", work / "D" / "imagesTr" / "p0.nii.gz", "-o", mask)
+    assert "[old]" in shown.out
+    assert mask.is_file()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="precision 16 is for GPUs, and here is one")
+def test_half_precision_without_a_gpu(refused, work, tmp_path):
+    scan = work / "D" / "imagesTr" / "p0.nii.gz"
+    refused("predict", work / "run", scan, "-o", tmp_path / "m.nii.gz", "--precision", "16", says=["bf16"])

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from segraft.adapters import AdapterSpec, fingerprint, graft, ungraft
 from segraft.errors import SegraftError
-from segraft.networks import UNet, load_base, load_weights, read_base, save_base
+from segraft.networks import UNet, build, load_base, load_weights, read_base, save_base
 from segraft.networks.bases import FILE_NAME
 
 ARGUMENTS = {"in_channels": 1, "out_channels": 2, "spatial_dims": 2, "widths": [2, 3], "norm": "batch"}
@@ -293,3 +294,30 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(tmp_path, change
     assert message in str(caught.value)
     assert_one_sentence(caught.value, path)
     assert_same(net, small(2))
+
+
+class Wrapper(nn.Module):
+    """All its keys begin with `net.`, which in a checkpoint is often a prefix to take off."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.net = nn.Conv2d(in_channels, out_channels, 1)
+
+
+@pytest.mark.parametrize(
+    ("network", "arguments"),
+    [
+        (f"{__name__}:Wrapper", {}),
+        ("monai.networks.nets:UNet", {"spatial_dims": 2, "channels": [2, 4], "strides": [2]}),  # keys: model.…
+    ],
+)
+def test_networks_whose_keys_share_a_prefix(tmp_path, monkeypatch, network, arguments):
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[Wrapper.__module__])
+    arguments = {"in_channels": 1, "out_channels": 1, **arguments}
+    rest = {name: value for name, value in arguments.items() if not name.endswith("_channels")}
+    net = build(network, in_channels=1, out_channels=1, arguments=rest)
+    save_base(net, tmp_path, network=network, arguments=arguments)
+    loaded, _ = load_base(tmp_path)
+    assert fingerprint(loaded) == fingerprint(net)
+    torch.save({f"module.{key}": value for key, value in net.state_dict().items()}, tmp_path / "w.pt")
+    load_weights(build(network, in_channels=1, out_channels=1, arguments=rest), tmp_path / "w.pt")

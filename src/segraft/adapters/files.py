@@ -87,7 +87,7 @@ def save(
         SegraftError: it is not clear which adapter is meant; the base itself was made trainable (its changes would
             be lost); the path cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save as to_bytes
 
     name = _the_one(net, name)
     touched = [full for full, _, _, value in base_parameters(net) if value.requires_grad]
@@ -105,7 +105,7 @@ def save(
     }
     tensors = {key: value.detach().cpu().contiguous() for key, value in adapter_tensors(net, name).items()}
     with replacing(path) as aside:
-        save_file(tensors, aside, metadata={"segraft": json.dumps(header, allow_nan=False)})
+        aside.write_bytes(to_bytes(tensors, metadata={"segraft": json.dumps(header, allow_nan=False)}))
     return Path(path)
 
 

@@ -101,28 +101,33 @@ def common(
 
 
 def training(
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the cases.", rich_help_panel=TRAINING)] = 100,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the cases [100].", rich_help_panel=TRAINING)] = None,
     learning_rate: Annotated[
         float | None,
         typer.Option(help="The highest one [adapt: 0.003, pretrain: 0.001].", rich_help_panel=TRAINING),
     ] = None,
     schedule: Annotated[
-        Schedule, typer.Option(help="Of the learning rate.", rich_help_panel=TRAINING)
-    ] = Schedule.cosine,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=TRAINING)] = 0.0,
+        Schedule | None, typer.Option(help="Of the learning rate [cosine].", rich_help_panel=TRAINING)
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of AdamW [0].", rich_help_panel=TRAINING)] = None,
     loss: Annotated[
-        str, typer.Option(help="dice_ce, or overlap (the haemorrhage paper's).", rich_help_panel=TRAINING)
-    ] = "dice_ce",
-    volumes: Annotated[int, typer.Option(min=1, help="Scans per step.", rich_help_panel=TRAINING)] = 2,
-    patches: Annotated[int, typer.Option(min=1, help="Patches per scan and step.", rich_help_panel=TRAINING)] = 2,
+        str | None,
+        typer.Option(help="dice_ce, or overlap (the haemorrhage paper's) [dice_ce].", rich_help_panel=TRAINING),
+    ] = None,
+    volumes: Annotated[int | None, typer.Option(help="Scans per step [2].", rich_help_panel=TRAINING)] = None,
+    patches: Annotated[
+        int | None, typer.Option(help="Patches per scan and step [2].", rich_help_panel=TRAINING)
+    ] = None,
     foreground: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of patches centred on a label.", rich_help_panel=TRAINING)
-    ] = 0.5,
-    augment: Annotated[bool, typer.Option(help="Random flips, turns and contrast.", rich_help_panel=TRAINING)] = True,
+        float | None, typer.Option(help="Share of patches centred on a label [0.5].", rich_help_panel=TRAINING)
+    ] = None,
+    augment: Annotated[
+        bool | None, typer.Option(help="Random flips, turns and contrast [yes].", rich_help_panel=TRAINING)
+    ] = None,
     flip: Annotated[
-        bool,
-        typer.Option(help="Mirror left and right; not for labels with a side.", rich_help_panel=TRAINING),
-    ] = True,
+        bool | None,
+        typer.Option(help="Mirror left and right [yes]; not for labels with a side.", rich_help_panel=TRAINING),
+    ] = None,
     stop_when_converged: Annotated[
         bool | None,
         typer.Option(
@@ -132,18 +137,18 @@ def training(
         ),
     ] = None,
 ) -> dict[str, Any]:
-    """Values of `TrainingSettings`, where the user said or the default holds for all commands."""
+    """Fields of `TrainingSettings`, only those the user said; the defaults are its own."""
     said: dict[str, Any] = {
         "epochs": epochs,
         "learning_rate": learning_rate,
-        "schedule": schedule.value,
+        "schedule": None if schedule is None else schedule.value,
         "weight_decay": weight_decay,
         "loss": loss,
         "volumes": volumes,
         "patches": patches,
+        "foreground": foreground,
         "augment": augment,
         "flip": flip,
-        "foreground": foreground,
         "stop_when_converged": stop_when_converged,
     }
     return {name: value for name, value in said.items() if value is not None}

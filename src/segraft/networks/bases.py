@@ -67,7 +67,7 @@ def save_base(
     Raises:
         SegraftError: the channels are not among the arguments, or the file cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save as to_bytes
 
     path = Path(folder) / FILE_NAME
     if any(name not in arguments for name in CHANNELS):
@@ -84,7 +84,7 @@ def save_base(
     # Copies, as tensors that share memory (aliased modules) cannot be written.
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in net.state_dict().items()}
     with replacing(path) as aside:
-        save_file(tensors, aside, metadata={"segraft_base": json.dumps(header, allow_nan=False)})
+        aside.write_bytes(to_bytes(tensors, metadata={"segraft_base": json.dumps(header, allow_nan=False)}))
     return base
 
 
@@ -104,6 +104,8 @@ def read_base(path: str | os.PathLike[str]) -> Base:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["segraft_base"])
+        if header["format"] > FORMAT:
+            raise SegraftError(f"{path} was written by segraft {header['version']}: update segraft to read it.")
         arguments = {name: header["arguments"][name] for name in CHANNELS} | header["arguments"]
         return Base(path, header["network"], arguments, header["fingerprint"], header["record"])
     except (SafetensorError, OSError) as error:
