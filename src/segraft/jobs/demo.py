@@ -83,6 +83,7 @@ def demo(
     if (out / "base").exists() and not (out / "traumatic").exists():
         raise SegraftError(f"{out / 'base'} exists and is not of an earlier demo: choose another --out.")
     say: Callable[[str], None] = (lambda _: None) if console is None else console.print
+    bars = console if console is not None and console.is_terminal else None
     say(f"1/4 drawing {SOURCE} heads with traumatic and {SHOTS + TESTS} with subarachnoid blood")
     source = write_cohort(out / "traumatic", task="traumatic", patients=SOURCE, seed=seed)
     target = write_cohort(out / "subarachnoid", task="subarachnoid", patients=SHOTS + TESTS, seed=seed)
@@ -104,7 +105,7 @@ def demo(
         preparation={"patch": (96, 96, 1), "intensity": {"kind": "window", "low": WINDOW_HU[0], "high": WINDOW_HU[1]}},
         settings=check_settings(epochs=PRETRAINING_EPOCHS, volumes=4, **common),
         overwrite=True,
-        console=console,
+        console=bars,
     )
 
     say(f"3/4 adapting it to subarachnoid blood from {SHOTS} heads, testing on {TESTS} others")
@@ -121,7 +122,7 @@ def demo(
                 shots=SHOTS,
                 settings=check_settings(epochs=ADAPTING_EPOCHS, volumes=2, **common),
                 overwrite=True,
-                console=console,
+                console=bars,
             )
             served.update(result.cases)
             trained, size, seconds = result.parameters.trainable, result.bytes, result.training.seconds
@@ -130,7 +131,7 @@ def demo(
     tests = [case for case in cohort.cases if case.id not in served]
     masks: dict[str, dict[str, Mask]] = {case.id: {} for case in tests}
     for row in rows:
-        for case in watched("testing", console)(tests):
+        for case in watched("testing", bars)(tests):
             mask, _ = row.model.segment(case.image, device=device, precision=precision)
             row.results.extend(measure(case, mask, row.model.labels))
             masks[case.id][row.name] = mask
