@@ -1,10 +1,12 @@
 """What a spec trains whole is a copy: the base is never written to, and switching adapters switches the copy too."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from segraft.adapters import AdapterSpec, activate, fingerprint, graft, merge, require_gradients, ungraft
+from segraft.adapters import AdapterSpec, activate, fingerprint, graft, load, merge, require_gradients, save, ungraft
 from segraft.adapters.graft import grafted_layers
 
 
@@ -167,3 +169,28 @@ def test_switching_switches_heads():
     assert outputs[None].abs().max() < 50
     activate(net, ("a", "b"))
     assert torch.equal(net(x), outputs["b"])
+
+
+@pytest.mark.parametrize("method", ["lora_c", "dora_c", "cp_dora"])
+def test_factors_on_top_of_a_weight_trained_whole(tmp_path, method):
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Linear(12, 2)).requires_grad_(requires_grad=False)
+    plain, x = copy.deepcopy(net), torch.randn(2, 1, 4, 4)
+    spec = AdapterSpec(method, rank=2, targets=".*", train=".*", bias="low_rank")
+    graft(net, spec)
+    assert torch.equal(net(x), plain(x))
+    net(x).square().mean().backward()
+    require_gradients(net)
+    with torch.no_grad():
+        for value in net.parameters():
+            if value.requires_grad:
+                value.add_(0.1 * torch.randn(value.shape))
+        expected = net(x)
+    edits = net[0].segraft["default"]
+    with torch.no_grad():  # by hand: the factors on the copy, not on the base
+        changed = edits["weight"].value + edits["weight_factors"].delta()
+        if edits["weight_factors"].m is not None:
+            changed *= (edits["weight_factors"].m / changed.flatten(1).norm(dim=1)).reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(net[0].weight, changed)
+    save(net, tmp_path / "a.safetensors")
+    assert torch.equal(load(plain, tmp_path / "a.safetensors")(x), expected)
+    torch.testing.assert_close(merge(net)(x), expected)

@@ -50,7 +50,7 @@ def trained_whole(net) -> set[str]:
 
 
 def factorised(net) -> set[str]:
-    return {key.removesuffix(".weight.B") for key in adapter_tensors(net, "default") if key.endswith(".weight.B")}
+    return {key.rsplit(".weight", 1)[0] for key in adapter_tensors(net, "default") if key.endswith(".B")}
 
 
 def test_every_strategy_is_here():
@@ -82,8 +82,15 @@ def test_a_strategy_combines_with_an_adapter_where_layers_remain(name):
     assert all(value.requires_grad for value in adapter_tensors(net, "default").values())
 
 
-def test_full_leaves_nothing_for_factors():
-    with pytest.raises(SegraftError, match="trained whole"):
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "none"])
+def test_a_strategy_combines_with_an_adapter_on_top(name):
+    net = graft(small(), AdapterSpec("dora_c", rank=1, targets=".*", train=selectors([name])))
+    assert trained_whole(net) == EXPECTED[name]
+    assert factorised(net) == set().union(*CONVOLUTIONS.values())
+
+
+def test_full_leaves_nothing_for_factors_unless_targets_are_named():
+    with pytest.raises(SegraftError, match="name targets"):
         graft(small(), AdapterSpec("dora_c", train=selectors(["full"])))
 
 

@@ -122,7 +122,9 @@ def _build(
         bias_is_free = bias is not None and bias not in edits
         for rows in chosen.blocks:
             assert spec.factorisation is not None and spec.magnitude is not None  # noqa: S101, PT018
-            edits[chosen.slot.weight + _suffix(rows)] = LowRank(
+            key = chosen.slot.weight + _suffix(rows)
+            # On top of a weight that is trained whole: edits apply in the order of the dictionary.
+            edits[f"{key}_factors" if key in edits else key] = LowRank(
                 chosen.slot,
                 weight,
                 factorisation=spec.factorisation,

@@ -165,8 +165,7 @@ def select_weights(net: nn.Module, spec: AdapterSpec, trained_whole: Sequence[Se
     """The weights that `spec` factorises, each once.
 
     Raises:
-        SegraftError: a place that matches nothing, a layer that cannot be adapted (with its name and the reason), a
-            weight that is a target and trained whole.
+        SegraftError: a place that matches nothing, a layer that cannot be adapted (with its name and the reason).
     """
     if spec.factorisation is None:
         return []
@@ -200,7 +199,10 @@ def select_weights(net: nn.Module, spec: AdapterSpec, trained_whole: Sequence[Se
     for places in (targets or ranks, ranks, slices):
         places.refuse_unused("linear, convolution or attention layer")
     if not chosen:
-        raise SegraftError("nothing to adapt: every linear and convolution layer is excluded or trained whole.")
+        raise SegraftError(
+            "nothing to adapt: every linear and convolution layer is excluded or trained whole: use method "
+            "'none', or name targets to have factors on top of what is trained whole."
+        )
     return chosen
 
 
@@ -262,9 +264,7 @@ def _refuse(
 ) -> None:
     for tensor in tensors:
         if (id(module), tensor) in whole:
-            if tensor.endswith("bias"):
-                continue  # `train` names it, so the spec's `bias` leaves it alone
-            raise SegraftError(f"{_join(name, tensor)} is both a target and trained whole: choose one.")
+            continue  # checked when it was selected
         reason = why_not(module, tensor)
         if reason:
             raise SegraftError(f"layer {name!r} ({type(module).__name__}) cannot be adapted: {reason}.")

@@ -55,14 +55,15 @@ class AdapterSpec:
         scale: of the update.
         magnitude_dim: None: true output channels. 0: the first stored dimension (reproduces the paper's Table 3).
         bias: of the adapted layers: `frozen`; `low_rank`, an R×o factor summed over R; `train`, trained whole.
-        targets: places to adapt; None adapts every linear and convolution layer.
+        targets: places to adapt; None adapts every linear and convolution layer that `train` leaves frozen.
         exclude: places never adapted and never trained whole; here also expressions on parameter names.
         ranks: place -> rank, for layers whose rank differs from `rank`; of several that match the last holds.
         slices: place -> row blocks 'j/n' of a fused weight, each with factors of its own. The k and v of a fused
             qkv layer: `{r".*\.qkv": ("2/3", "3/3")}`.
         train: what is trained whole beside the factors: `[kind:]place`, with kind `bias` or `norm`, the place a part
             or a regular expression on parameter names (`head`, `bias:.*`, `norm:encoder`, `.*`). The adapter holds a
-            copy of each such tensor; the base is not written to.
+            copy of each such tensor; the base is not written to. On a weight that is a target too, the factors come
+            on top of the copy.
 
     Raises:
         SegraftError: an unknown method or option, a rank that is no whole number above zero, …

@@ -1,7 +1,7 @@
 """Tuning strategies: what of the network is trained whole, as data.
 
 A strategy is a tuple of `train` selectors of `AdapterSpec`, so each combines with every adapter method, which then
-adapts the layers that are left (after `full`, none is).
+adapts the layers that are left, or, where its targets are named, comes on top of what is trained whole.
 To add one, add one entry.
 """
 
