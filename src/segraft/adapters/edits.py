@@ -72,8 +72,8 @@ class LowRank(Edit):
 
     def delta(self) -> Tensor:
         """scaling·ΔW, shaped as the adapted (block of the) weight."""
-        factors = self.factors()
-        return self.scaling * self.contraction([factor.to(composing_dtype(factor.dtype)) for factor in factors])
+        first, *others = (factor.to(composing_dtype(factor.dtype)) for factor in self.factors())
+        return self.contraction([self.scaling * first, *others])  # scaling a factor, not the large product
 
     def forward(self, value: Tensor) -> Tensor:
         """The adapted weight, in at least float32."""
