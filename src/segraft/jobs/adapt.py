@@ -132,7 +132,7 @@ def adapt(
     net, described, inherited, pretrained_on = source.load(len(asked))
     cohort = read_cohort(data, patient_pattern, pretrained_on)
     adapters.graft(net, spec, seed=settings.seed)
-    chosen = choose(cohort, shots, seed=settings.seed, avoid=pretrained_on, purpose="to adapt to")
+    chosen = choose(cohort, shots, seed=settings.seed, avoid=pretrained_on, purpose="to adapt to", console=console)
     given = training_set(
         cohort,
         chosen.cases,

@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from rich.console import Console
+
 from segraft.data.cohort import Case, Cohort
 from segraft.data.splits import draw
 from segraft.errors import SegraftError
+from segraft.jobs.watching import watched
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,16 @@ def read_cohort(data: str | Path, patient_pattern: str | None, *served: Served) 
     return cohort
 
 
-def served_cases(cohort: Cohort, served: Served) -> frozenset[str]:
-    """Ids of the cases of patients any of whose images (recognised by content) served before."""
+def served_cases(cohort: Cohort, served: Served, console: Console | None = None) -> frozenset[str]:
+    """Ids of the cases of patients any of whose images (recognised by content) served before.
+
+    Every image is read for that, with a progress bar on `console`.
+    """
     if not served.digests:
         return frozenset()
     known = set(served.digests.values())
-    patients = {case.patient for case in cohort.cases if case.digest() in known}
+    cases = watched("comparing with scans that served", console)(cohort.cases)
+    patients = {case.patient for case in cases if case.digest() in known}
     return frozenset(case.id for case in cohort.cases if case.patient in patients)
 
 
@@ -65,6 +72,7 @@ def choose(
     purpose: str,
     never: Served | None = None,
     avoid: Served | None = None,
+    console: Console | None = None,
 ) -> Chosen:
     """Draw patients of a cohort.
 
@@ -75,12 +83,14 @@ def choose(
         purpose: for messages, such as "to adapt to".
         never: images whose patients must not serve: those the adapter itself was trained on.
         avoid: images whose patients serve only where there are not enough others: those the base was trained on.
+        console: for progress; None is silent.
 
     Raises:
         SegraftError: fewer patients than asked for; an id that the cohort does not have, that is named twice, or that
             must not serve.
     """
-    excluded, avoided = served_cases(cohort, never or Served()), served_cases(cohort, avoid or Served())
+    excluded = served_cases(cohort, never or Served(), console)
+    avoided = served_cases(cohort, avoid or Served(), console)
     notes = []
     if not (count is None or isinstance(count, int)):
         cases = _by_id(cohort, count, excluded, purpose)

@@ -76,6 +76,7 @@ def evaluate(
         never=model.adapted_on,
         avoid=model.pretrained_on,
         purpose="to evaluate on",
+        console=console,
     )
     check_cases(chosen.cases, cohort, asked, each_present=False, watch=watched("checking scans", console))
     results: list[CaseResult] = []

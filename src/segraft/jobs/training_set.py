@@ -70,7 +70,7 @@ def training_set(
         flip_axes=None if settings.flip else (),
         watch=watched("preparing scans", console),
     )
-    digests = {case.id: case.digest() for case in cases}
+    digests = {case.id: case.digest() for case in watched("fingerprinting scans", console)(cases)}
     task = task_record(labels, settled) | {
         "dataset": cohort.name,
         "patient_pattern": cohort.patient_pattern,
