@@ -89,7 +89,7 @@ def adapt(
     Example: `segraft adapt --base base --data D/dataset.json --labels 2 --shots 10 --method dora_c --rank 8 --out run`
     """
     from segraft.jobs import adapt as job
-    from segraft.jobs.adapt import ADAPTING, BaseSource
+    from segraft.jobs.adapting import ADAPTING, BaseSource
     from segraft.training.settings import check_settings
 
     result = job(

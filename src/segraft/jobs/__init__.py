@@ -1,9 +1,31 @@
-"""What each command does, for use from Python: `segraft.jobs.adapt(...)`, `predict`, `evaluate`, `pretrain`."""
+"""What each command does, for use from Python: `segraft.jobs.adapt(...)`, `predict`, `evaluate`, `pretrain`.
 
-from segraft.jobs.adapt import adapt
-from segraft.jobs.evaluate import evaluate
-from segraft.jobs.model import Model, load_model
-from segraft.jobs.predict import predict
-from segraft.jobs.pretrain import pretrain
+Imported when first used: counting parameters or reading a header does not wait for MONAI and Lightning.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from segraft.jobs.adapting import adapt
+    from segraft.jobs.evaluating import evaluate
+    from segraft.jobs.model import Model, load_model
+    from segraft.jobs.predicting import predict
+    from segraft.jobs.pretraining import pretrain
+
+_HOMES = {
+    "Model": "model",
+    "adapt": "adapting",
+    "evaluate": "evaluating",
+    "load_model": "model",
+    "predict": "predicting",
+    "pretrain": "pretraining",
+}
 
 __all__ = ["Model", "adapt", "evaluate", "load_model", "predict", "pretrain"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'segraft.jobs' has no attribute {name!r}")
+    return getattr(import_module(f"segraft.jobs.{_HOMES[name]}"), name)

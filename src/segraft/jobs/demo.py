@@ -20,11 +20,11 @@ from segraft.evaluation.figures import comparison_figure, dice_figure
 from segraft.evaluation.metrics import spacing_of
 from segraft.evaluation.report import write_report
 from segraft.evaluation.results import CaseResult, by_stratum, mean_sd, readable, save_results
-from segraft.jobs.adapt import adapt
-from segraft.jobs.evaluate import measure
+from segraft.jobs.adapting import adapt
+from segraft.jobs.evaluating import measure
 from segraft.jobs.model import Model, load_model
-from segraft.jobs.predict import predict
-from segraft.jobs.pretrain import pretrain
+from segraft.jobs.predicting import predict
+from segraft.jobs.pretraining import pretrain
 from segraft.jobs.run_folder import versions
 from segraft.jobs.watching import watched
 from segraft.training.settings import check_settings

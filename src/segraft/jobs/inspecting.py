@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from segraft.adapters import PRESETS, AdapterHeader
-from segraft.jobs.model import describe as header_of
+from segraft.jobs.locating import header_of
 
 
 def describe(path: str | Path) -> dict[str, Any]:

@@ -19,11 +19,10 @@ from segraft.data.preparation import Preparation, prepare_image, to_input_grid
 from segraft.errors import SegraftError
 from segraft.inference import label_map, sliding_probability
 from segraft.jobs.cases import Served
-from segraft.networks import Base, build, load_base, load_weights, read_base
+from segraft.jobs.locating import file_in, holds_base
+from segraft.networks import build, load_base, load_weights
 from segraft.networks.bases import FILE_NAME
 from segraft.training.fit import check_device, check_precision
-
-ADAPTER_FILE = "adapter.safetensors"
 
 
 @dataclass(frozen=True)
@@ -90,12 +89,12 @@ def load_model(path: str | os.PathLike[str], *, base: str | os.PathLike[str] | N
     Raises:
         SegraftError: a file is missing or is something else; the adapter belongs to another base.
     """
-    path = _file_in(Path(path))
+    path = file_in(Path(path))
     if path.name == FILE_NAME:
         net, info = load_base(path)
         record = info.record
         return _model(net, path, record, adapted_on=Served(), pretrained_on=Served.of(record))
-    if _holds_base(path):
+    if holds_base(path):
         raise SegraftError(f"{path} is a base, not an adapter: give the adapter file, or name the base {FILE_NAME}.")
     header = read_header(path)
     net, pretrained_on = load_base_of(header, base)
@@ -121,7 +120,7 @@ def load_base_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> 
         where /= FILE_NAME
     if not where.is_file():
         raise SegraftError(f"the base of {header.path} is not at {where}: say where it is with --base.")
-    if where.name == FILE_NAME or _holds_base(where):
+    if where.name == FILE_NAME or holds_base(where):
         net, info = load_base(where)
         return net, Served.of(info.record)
     net = build_from(described["network"], described["arguments"])
@@ -134,28 +133,6 @@ def build_from(network: str, arguments: Mapping[str, Any]) -> nn.Module:
     rest = dict(arguments)
     channels = {name: rest.pop(name) for name in ("in_channels", "out_channels")}
     return build(network, **channels, arguments=rest)
-
-
-def describe(path: Path) -> AdapterHeader | Base:
-    """What a file of Segraft says about itself, whatever its name."""
-    path = _file_in(path)
-    return read_base(path) if path.name == FILE_NAME or _holds_base(path) else read_header(path)
-
-
-def _file_in(path: Path) -> Path:
-    """The file meant by a folder: its adapter, else its base."""
-    if path.is_dir():
-        return path / (ADAPTER_FILE if (path / ADAPTER_FILE).is_file() else FILE_NAME)
-    return path
-
-
-def _holds_base(path: Path) -> bool:
-    """Whether a file is a base by what is in it: a copy under another name still knows the cases that trained it."""
-    try:
-        read_base(path)
-    except SegraftError:
-        return False
-    return True
 
 
 def task_record(labels: Mapping[int, str], preparation: Preparation) -> dict[str, Any]:

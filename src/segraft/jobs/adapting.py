@@ -15,7 +15,8 @@ from segraft.data.cohort import Cohort
 from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
 from segraft.jobs.cases import Served, choose, read_cohort
-from segraft.jobs.model import ADAPTER_FILE, build_from
+from segraft.jobs.locating import ADAPTER_FILE
+from segraft.jobs.model import build_from
 from segraft.jobs.run_folder import RunFolder, versions
 from segraft.jobs.training_set import training_set
 from segraft.networks import load_base, load_weights
