@@ -20,14 +20,17 @@ for _command in (pretrain, adapt, predict, evaluate, params, inspect, demo):
 def main() -> None:
     """Run the command line; bad input is one sentence on standard error and exit code 2."""
     try:
-        app()
-    except SegraftError as error:
-        sentence = " ".join(str(error).split())  # what a library said inside it may run over several lines
+        code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+    except Exception as error:
+        # What the parser refuses is a ClickException, which Typer keeps in another place in each of its versions.
+        if not (isinstance(error, SegraftError) or hasattr(error, "format_message")):
+            raise
+        text = str(error) if isinstance(error, SegraftError) else f"{error.format_message().rstrip('.')}: see --help."
+        sentence = " ".join(text.split())  # what a library said inside it may run over several lines
         if "--json" in sys.argv:
             print(json.dumps({"error": sentence}))  # noqa: T201
         print(f"segraft: {sentence}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
-    except SystemExit as stop:
-        if stop.code == INTERRUPTED:
-            print("segraft: interrupted; a training (pretrain, adapt) goes on with --resume.", file=sys.stderr)  # noqa: T201
-        raise
+    if code == INTERRUPTED:
+        print("segraft: interrupted; a training (pretrain, adapt) goes on with --resume.", file=sys.stderr)  # noqa: T201
+    raise SystemExit(code)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="segraft",
     help="Graft small adapters onto pre-trained medical segmentation networks, from a few labelled scans.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode="markdown",
