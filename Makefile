@@ -26,8 +26,13 @@ lint: env
 test: lint
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto
 
-bench: env
-	$(BIN)/python benchmarks/run.py
+# In pieces: make bench BENCH='--networks unet-512 --groups "r4$$"'; all options: make bench BENCH=--help
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.run $(BENCH)
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	touch $@
 
 clean:
 	rm -rf $(VENV) demo

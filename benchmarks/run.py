@@ -1,104 +1,225 @@
-"""Step time of adapted networks, as ratios within one process.
+"""The command: `make bench`, or `python -m benchmarks.run` from the root of the repository."""
 
-Every variant takes a training step (forward, backward, AdamW) in turn, round after round; a round's times are divided
-by that round's full fine-tuning, so that a machine whose speed drifts shifts both. Printed and written: medians of the
-ratios with their quartiles. *bound* is the forward pass and the input gradients of the frozen network.
-
-    make bench            # or: python benchmarks/run.py --size 128 --rounds 7 --out benchmarks/out/steps.json
-"""
-
-import argparse
-import json
-import os
-import statistics
+import gc
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 
-from segraft.adapters import AdapterSpec, graft
-from segraft.atomic import replacing
-from segraft.jobs.run_folder import versions
-from segraft.networks import UNet
+from benchmarks import cases, store
+from benchmarks.cases import Case
+from benchmarks.machine import allocation, machine, source, versions
+from benchmarks.memory import first_steps
+from benchmarks.ratios import Network, Ratio
+from benchmarks.subject import Subject, build
+from benchmarks.timing import alternate
+from benchmarks.variants import BOUND, EAGER, FULL, Group, Variant, groups
+from segraft.errors import SegraftError
 
-METHODS = ("lora_c", "conv_lora", "cp_lora", "dora_c", "conv_dora", "cp_dora")
-REFERENCE = "full fine-tuning"
+console = Console()
 
 
-def networks(rank: int) -> dict[str, Callable[[], nn.Module]]:
-    """Name -> what builds the variant."""
+class Device(StrEnum):
+    """Where to run."""
 
-    def frozen() -> nn.Module:
-        return UNet().requires_grad_(requires_grad=False)
+    CPU = "cpu"
+    CUDA = "cuda"
 
-    def peft(*, dora: bool) -> nn.Module:
-        # PEFT refuses transposed convolutions: it adapts 19 of the 23 layers.
-        names = [name for name, layer in UNet().named_modules() if isinstance(layer, nn.Conv2d)]
-        return get_peft_model(UNet(), LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=dora, target_modules=names))
 
+class Malloc(StrEnum):
+    """What becomes of freed memory: kept by the process, as in Segraft's commands, or as the system does it."""
+
+    KEPT = "kept"
+    DEFAULT = "default"
+
+
+def measure(case: Case, group: Group, rounds: int, device: torch.device) -> dict[str, Any]:
+    """Memory, step and evaluation of every variant of a group.
+
+    A variant that fails, for whatever reason, is a row that says so: a long benchmark goes on without it.
+    """
+    subjects: dict[str, Subject] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for variant in (*group.references, *group.others):
+        row = rows[variant.name] = _about(variant)
+        try:
+            subject, memory = first_steps(partial(build, case, variant, device), device)
+        except Exception as error:  # noqa: BLE001  peers, compilers and memory fail in many ways
+            row["failed"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            console.print(f"  {variant.name} failed: {row['failed']}", style="red", markup=False)
+            continue
+        subjects[variant.name] = subject
+        row |= {"note": subject.note, "trainable": subject.trainable, "memory": asdict(memory)}
+    for name, seconds in alternate({name: s.step for name, s in subjects.items()}, rounds, device).items():
+        rows[name]["step"] = seconds
+    if group.evaluated:
+        # The whole of full fine-tuning is a plain network, so its evaluation is the base's.
+        evaluated = {name: subject for name, subject in subjects.items() if name != BOUND}
+        for subject in evaluated.values():
+            subject.net.eval()
+        tasks = {name: subject.evaluate for name, subject in evaluated.items()}
+        for name, seconds in alternate(tasks, rounds, device, warm_up=True).items():
+            rows[name]["evaluation"] = seconds
     return {
-        REFERENCE: UNet,
-        "bound": frozen,
-        **{name: lambda name=name: graft(UNet(), AdapterSpec(name, rank=rank)) for name in METHODS},
-        "PEFT LoRA": lambda: peft(dora=False),
-        "PEFT DoRA": lambda: peft(dora=True),
+        "group": group.name,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "source": source(),
+        "rounds": rounds,
+        "references": [variant.name for variant in group.references],
+        "variants": rows,
     }
 
 
-def step(net: nn.Module, image: Tensor) -> Callable[[], None]:
-    """One training step of what is trainable."""
-    parameters = [value for value in net.parameters() if value.requires_grad]
-    optimiser = torch.optim.AdamW(parameters) if parameters else None
-    image = image if parameters else image.clone().requires_grad_()
-
-    def run() -> None:
-        net(image).square().mean().backward()
-        if optimiser is not None:
-            optimiser.step()
-            optimiser.zero_grad()
-
-    return run
+def _about(variant: Variant) -> dict[str, Any]:
+    known = {"method": variant.method, "rank": variant.rank, "nearest": variant.nearest}
+    return {key: value for key, value in known.items() if value}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=min(4, os.cpu_count() or 1))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/out/steps.json"))
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    image = torch.rand(1, 1, arguments.size, arguments.size)
+def _release() -> None:
+    """Forget the networks of a group before the next one is built."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
-    steps = {name: step(build(), image) for name, build in networks(arguments.rank).items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(arguments.rounds + 1):
-        for name, run in steps.items():
-            started = time.perf_counter()
-            run()
-            if round_:  # the first is a warm-up
-                seconds[name].append(time.perf_counter() - started)
 
-    table = Table("variant", "step / full, median", "quartiles", title=f"Table 3 U-Net, {arguments.size}², batch 1")
-    rows = {}
-    for name, times in seconds.items():
-        ratios = [mine / full for mine, full in zip(times, seconds[REFERENCE], strict=True)]
-        quartiles = statistics.quantiles(ratios, n=4)
-        rows[name] = {"median": quartiles[1], "quartiles": [quartiles[0], quartiles[2]], "seconds": times}
-        table.add_row(name, f"{quartiles[1]:.2f}", f"{quartiles[0]:.2f} to {quartiles[2]:.2f}")
-    Console().print(table)
-    settings = {"size": arguments.size, "rank": arguments.rank, "threads": arguments.threads, "cores": os.cpu_count()}
-    with replacing(arguments.out) as aside:
-        aside.write_text(json.dumps({"settings": settings, "versions": versions(), "rows": rows}, indent=1) + "\n")
-    print(arguments.out)
+def tables(network: Network) -> Iterator[Table]:
+    """What was found so far on a network."""
+    columns = ("variant", "step / bound", "step / full", "memory / full", "evaluation / base")
+    shown = Table(*columns, title=network.title)
+    for name, _ in network.rows():
+        shown.add_row(
+            name,
+            _text(network.over(name, BOUND)),
+            _text(network.over(name, FULL)),
+            _text(network.memory_over(name, FULL)),
+            _text(network.over(name, FULL, "evaluation")),
+        )
+    yield shown
+    shown = Table("option", "step / eager", "memory / eager", title=f"{EAGER}, on the same network")
+    for name, _ in network.rows(options=True):
+        shown.add_row(name, _text(network.over(name, EAGER)), _text(network.memory_over(name, EAGER)))
+    if shown.row_count:
+        yield shown
+
+
+def _text(value: Ratio | float | None) -> str:
+    if isinstance(value, Ratio):
+        return f"{value.median:.2f} ({value.low:.2f}-{value.high:.2f})"
+    return "" if value is None else f"{value:.2f}"
+
+
+def _chosen(names: str, device: str) -> Sequence[Case]:
+    known = cases.by_name(device)
+    if not names:
+        return cases.defaults(device)
+    try:
+        return [known[name.strip()] for name in names.split(",")]
+    except KeyError as error:
+        raise SegraftError(f"unknown network {error} on {device}: choose among {', '.join(known)}.") from error
+
+
+def _numbers(ranks: str) -> list[int]:
+    try:
+        return [int(rank) for rank in ranks.split(",")]
+    except ValueError as error:
+        raise SegraftError(f"ranks {ranks!r}: give whole numbers with commas between.") from error
+
+
+def _settings(threads: int, malloc: Malloc, device: torch.device) -> dict[str, object]:
+    settings: dict[str, object] = {
+        "threads": threads,
+        "malloc": allocation(keep=malloc is Malloc.KEPT),
+        "optimiser": "AdamW",
+    }
+    if device.type == "cuda":
+        settings["tf32"] = {
+            "convolutions": torch.backends.cudnn.allow_tf32,
+            "matrix products": torch.backends.cuda.matmul.allow_tf32,
+        }
+        settings["cudnn_benchmark"] = torch.backends.cudnn.benchmark
+    return settings
+
+
+def main(
+    networks: Annotated[str, typer.Option(help="Names, with commas between; all of the device by default.")] = "",
+    groups_: Annotated[
+        str, typer.Option("--groups", help="Regular expression on 'references', 'LoRA r4', …, 'DoRA r64', 'options'.")
+    ] = "",
+    variants: Annotated[str, typer.Option(help="Regular expression on names of variants; references always run.")] = "",
+    ranks: Annotated[str, typer.Option(help="With commas between.")] = "4,8,64",
+    rounds: Annotated[int | None, typer.Option(min=1, help="By default the network's own number.")] = None,
+    threads: Annotated[int, typer.Option(min=1)] = min(4, torch.get_num_threads()),
+    device: Annotated[Device | None, typer.Option(help="By default a GPU where there is one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="By default benchmarks/out/performance-DEVICE.json.")] = None,
+    malloc: Annotated[Malloc, typer.Option(help="Whether freed memory goes back to the kernel.")] = Malloc.KEPT,
+    only_missing: Annotated[  # noqa: FBT002  a flag
+        bool, typer.Option("--only-missing", help="Skip groups that the file has.")
+    ] = False,
+    cudnn_benchmark: Annotated[  # noqa: FBT002  a flag
+        bool, typer.Option("--cudnn-benchmark", help="Let cuDNN try its kernels.")
+    ] = False,
+) -> None:
+    """Measure step time, peak memory and evaluation time, as ratios within rounds, into one JSON file.
+
+    A long run can be split, by --networks and --groups or by stopping it and going on with --only-missing: the pieces
+    add up in the same file.
+    """
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = cudnn_benchmark
+    out = out or Path(f"benchmarks/out/performance-{where.type}.json")
+    header = {
+        "device": where.type,
+        "machine": machine(where),
+        "versions": versions(),
+        "settings": _settings(threads, malloc, where),
+    }
+    try:
+        results = store.opened(out, header)
+        chosen = _chosen(networks, where.type)
+        for case in chosen:
+            for whole in groups(case, _numbers(ranks)):
+                group = whole.matching(variants)
+                names = [variant.name for variant in (*group.references, *group.others)]
+                done = only_missing and store.has(results, case.name, group.name, names)
+                if done or not group.others or not re.search(groups_, group.name):
+                    continue
+                _add(results, case, group, rounds or case.rounds, where)
+                store.save(out, results)
+            if case.name in results["networks"]:
+                console.print(*tables(Network(results["networks"][case.name])), sep="\n")
+    except SegraftError as error:
+        console.print(str(error), style="red", markup=False)
+        raise typer.Exit(2) from error
+    console.print(str(out))
+
+
+def _add(results: dict[str, Any], case: Case, group: Group, rounds: int, device: torch.device) -> None:
+    started = time.perf_counter()
+    run = measure(case, group, rounds, device)
+    network = {
+        "name": case.name,
+        "title": case.title,
+        "family": case.family,
+        "shape": case.shape,
+        "precision": case.precision,
+    }
+    store.add_run(results, network, run)
+    _release()
+    took = time.perf_counter() - started
+    console.print(f"{case.name}, {group.name}: {len(run['variants'])} variants, {rounds} rounds, {took:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -14,6 +14,7 @@ GROUND = {"errors", "atomic", "_version"}
 MAY_IMPORT = {
     "errors": set(),
     "_version": set(),
+    "allocation": set(),
     "atomic": {"errors"},
     "adapters": GROUND,
     "networks": GROUND | {"adapters"},
@@ -22,7 +23,7 @@ MAY_IMPORT = {
     "inference": GROUND,
     "training": GROUND | {"adapters", "networks", "data"},
     "jobs": GROUND | {"adapters", "networks", "data", "evaluation", "inference", "training"},
-    "cli": GROUND | {"adapters", "networks", "data", "evaluation", "inference", "training", "jobs"},
+    "cli": GROUND | {"adapters", "networks", "data", "evaluation", "inference", "training", "jobs", "allocation"},
 }
 """Room -> rooms it may import, beside itself."""
 

@@ -21,6 +21,8 @@ class Net(nn.Module):
 
 def assert_adds_up(net: nn.Module) -> None:
     table = parameter_table(net)
+    assert table.state.frozen == sum(value.nbytes for value in net.parameters() if not value.requires_grad)
+    assert table.state.parameters == sum(value.nbytes for value in net.parameters() if value.requires_grad)
     assert table.trainable == sum(value.numel() for value in net.parameters() if value.requires_grad)
     assert table.frozen == sum(value.numel() for value in net.parameters() if not value.requires_grad)
     assert table.total == table.trainable + table.frozen == sum(value.numel() for value in net.parameters())
@@ -66,6 +68,33 @@ def test_rows():
     assert json.loads(json.dumps(table.to_dict()))["trainable"] == 18
     assert len(str(table).splitlines()) == len(rows) + 2
     assert str(table).splitlines()[-1].split() == ["sum", "18", str(table.frozen)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "spec",
+    [None, AdapterSpec("dora_c", rank=2, bias="low_rank"), AdapterSpec("none", train=".*")],
+    ids=["full", "dora_c", "whole"],
+)
+def test_the_state_of_a_training_is_what_adamw_holds(spec, dtype):
+    net = Net().to(dtype)
+    net.head.float()  # dtypes may be mixed
+    base = sum(value.nbytes for value in net.parameters())
+    if spec is not None:
+        graft(net, spec)
+    trained = [value for value in net.parameters() if value.requires_grad]
+    optimiser = torch.optim.AdamW(trained)
+    for value in trained:
+        value.grad = torch.ones_like(value)
+    optimiser.step()
+    moments = sum(v.nbytes for held in optimiser.state.values() for name, v in held.items() if name != "step")
+    state = parameter_table(net).state
+    assert state.parameters == sum(value.nbytes for value in trained)
+    assert state.gradients == sum(value.grad.nbytes for value in trained)
+    assert state.optimiser == moments
+    assert state.trainable == state.parameters + state.gradients + moments
+    assert state.frozen == (0 if spec is None else base)
+    assert parameter_table(net).to_dict()["state_bytes"] == state.to_dict()
 
 
 @pytest.mark.parametrize("trainable", [True, False])

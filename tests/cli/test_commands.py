@@ -132,6 +132,20 @@ def test_params_add_up(segraft):
     assert any(row["part"] == "head" and row["trainable"] for row in told["rows"])
 
 
+def test_params_tell_the_state_of_a_training_beside_that_of_full_fine_tuning(segraft):
+    arguments = ("params", "--network", "unet3d", "--network-args", '{"widths": [4, 8]}', "--rank", "2")
+    told = segraft(*arguments, "--json").json
+    state, full = told["state_bytes"], told["full_state_bytes"]
+    assert state["parameters"] == state["gradients"] == 4 * told["trainable"]
+    assert state["optimiser"] == 2 * 4 * told["trainable"]
+    assert state["trainable"] == 4 * 4 * told["trainable"]
+    assert state["frozen"] == 4 * told["frozen"]
+    assert (full["trainable"], full["frozen"]) == (4 * state["frozen"], 0)
+    shown = segraft(*arguments).out
+    for each in (state, full):
+        assert all(f"{value / 1e6:,.3f}" in shown for value in each.values())
+
+
 @pytest.mark.parametrize("kind", ["adapter", "base"])
 def test_inspect(segraft, work, kind):
     path = work / {"adapter": "run", "base": "base"}[kind]

@@ -51,6 +51,22 @@ def test_the_same_seed_gives_the_same_bytes_and_another_others(adapt, tmp_path):
     assert adapter_of(tmp_path / "a") != adapter_of(tmp_path / "c")
 
 
+def test_recomputing_parts_gives_the_same_bytes(adapt, segraft, work, tmp_path):
+    assert adapt("kept").code == 0
+    assert adapt("recomputed", "--recompute", "decoder", "--recompute", r"encoder\.\d").code == 0
+    assert adapter_of(tmp_path / "recomputed") == adapter_of(tmp_path / "kept")
+    asked = json.loads((tmp_path / "recomputed" / "run.json").read_text())
+    assert asked["settings"]["recompute"] == ["decoder", r"encoder\.\d"]
+    bases = [
+        segraft(
+            *("pretrain", "--data", work / "D", "--labels", "1", "--cases", "2", "--epochs", "1", "--device", "cpu"),
+            *("--network-args", '{"widths": [4, 8], "norm": "batch"}', "--out", tmp_path / out, "--json", *more),
+        ).json
+        for out, more in (("base", ()), ("again", ("--recompute", "encoder")))
+    ]
+    assert bases[0]["fingerprint"] == bases[1]["fingerprint"]
+
+
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_a_resumed_training_ends_as_if_it_had_not_stopped(adapt, interrupting, monkeypatch, tmp_path, epochs):
     assert adapt("whole").code == 0

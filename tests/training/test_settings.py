@@ -21,6 +21,7 @@ WRONG = [
     *(("seed", value) for value in (-1, 0.5)),
     *(("device", value) for value in ("tpu", "cuda:0")),
     *(("precision", value) for value in ("64", 32, 8)),
+    *(("recompute", value) for value in ("decoder", None, 3)),
     ("learning_rte", 1e-3),
 ]
 
@@ -64,5 +65,5 @@ def test_settings_cannot_be_changed_afterwards():
 
 
 def test_settings_survive_json():
-    settings = check_settings(epochs=3, loss="overlap", precision="bf16")
+    settings = check_settings(epochs=3, loss="overlap", precision="bf16", recompute=("decoder", r"encoder\.\d"))
     assert check_settings(**settings.model_dump(mode="json")) == settings

@@ -3,13 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from segraft.adapters.composing import channel_norm, compose, composing_dtype
 from segraft.adapters.formulas import contraction, initial_factors
 from segraft.adapters.layers import WeightSlot
-
-
-def composing_dtype(dtype: torch.dtype) -> torch.dtype:
-    """At least float32: in bf16 the sum W0 + ΔW would lose a third of a small update."""
-    return torch.promote_types(dtype, torch.float32)
+from segraft.adapters.stages import Matrices, matrices
 
 
 class Edit(nn.Module):
@@ -17,7 +14,10 @@ class Edit(nn.Module):
 
     Attributes:
         tensor: the attribute of the layer that is edited.
+        is_small: its own tensors are small beside the one it edits.
     """
+
+    is_small = True
 
     def __init__(self, tensor: str) -> None:
         super().__init__()
@@ -55,36 +55,33 @@ class LowRank(Edit):
             strict=True,
         ):
             self.register_parameter(name, nn.Parameter(value.to(base)))
-        self.m = nn.Parameter(self._norm(base).flatten()) if magnitude else None
+        self.m = nn.Parameter(channel_norm(base, slot, magnitude_dim)) if magnitude else None
 
     def _block(self, weight: Tensor) -> Tensor:
         return weight if self.rows is None else weight[self.rows[0] : self.rows[1]]
-
-    def _norm(self, weight: Tensor) -> Tensor:
-        """Per channel, shaped as `by_output_channel`; never zero, so that a channel of zeros stays one."""
-        view = self.slot.by_output_channel(weight, self.magnitude_dim)
-        norm: Tensor = torch.linalg.vector_norm(view, dim=(1, 3), keepdim=True)
-        return norm.clamp_min(torch.finfo(weight.dtype).tiny)
 
     def factors(self) -> list[Tensor]:
         """The factors, in the order of the formula."""
         return [getattr(self, name) for name in self.contraction.names]
 
+    def scaled_factors(self) -> list[Tensor]:
+        """The factors in at least float32, the first multiplied by the scaling (and not the large product)."""
+        first, *others = (factor.to(composing_dtype(factor.dtype)) for factor in self.factors())
+        return [self.scaling * first, *others]
+
+    def matrices(self) -> Matrices:
+        """scaling·ΔW as a product of two matrices."""
+        return matrices(self.contraction, self.scaled_factors())
+
     def delta(self) -> Tensor:
         """scaling·ΔW, shaped as the adapted (block of the) weight."""
-        first, *others = (factor.to(composing_dtype(factor.dtype)) for factor in self.factors())
-        return self.contraction([self.scaling * first, *others])  # scaling a factor, not the large product
+        return self.contraction(self.scaled_factors())
 
     def forward(self, value: Tensor) -> Tensor:
         """The adapted weight, in at least float32."""
         dtype = composing_dtype(value.dtype)
         with torch.autocast(value.device.type, enabled=False):
-            adapted = self._block(value).to(dtype) + self.delta().to(dtype)
-            if self.m is not None:
-                norm = self._norm(adapted)
-                gain = self.m.to(dtype).reshape(norm.shape) / norm
-                view = self.slot.by_output_channel(adapted, self.magnitude_dim)
-                adapted = (gain * view).reshape(adapted.shape)
+            adapted, _ = compose(self._block(value), self.matrices(), self.m, self.slot, self.magnitude_dim)
             if self.rows is None:
                 return adapted
             start, stop = self.rows
@@ -118,6 +115,8 @@ class Replacement(Edit):
 
     A buffer (running statistics) is replaced by a buffer, so that in-place updates in training mode land in the copy.
     """
+
+    is_small = False
 
     def __init__(self, tensor: str, value: Tensor) -> None:
         super().__init__(tensor)

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from segraft.adapters.edits import BiasFactor, Edit, LowRank, Replacement
-from segraft.adapters.grafted import LayerGrafts, attach, base_tensor, detach, grafts_of, is_grafted
+from segraft.adapters.grafted import LayerGrafts, base_tensor, grafts_of, is_grafted
+from segraft.adapters.layers import why_not
+from segraft.adapters.operators import stock_class
 from segraft.adapters.selection import (
     SelectedTensor,
     SelectedWeight,
@@ -20,6 +22,7 @@ from segraft.adapters.selection import (
     select_weights,
 )
 from segraft.adapters.spec import AdapterSpec
+from segraft.adapters.surgery import attach, detach
 from segraft.errors import SegraftError
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -116,6 +119,10 @@ def _build(
     for selected in (*whole, *select_statistics(net)):
         value = base_tensor(selected.layer, selected.tensor)
         additions.setdefault(selected.layer, {})[selected.tensor] = Replacement(selected.tensor, value)
+    for layer in modules_by_name(net):
+        # Frozen convolutions are executed without keeping what only the gradient of their weight would need.
+        if stock_class(type(layer)) not in (None, nn.Linear) and why_not(layer, "weight") is None:
+            additions.setdefault(layer, {})
     for chosen in weights:
         edits = additions.setdefault(chosen.layer, {})
         weight, bias = base_tensor(chosen.layer, chosen.slot.weight), chosen.slot.bias

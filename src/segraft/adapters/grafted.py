@@ -1,15 +1,13 @@
-"""How a layer computes with its adapters: its class becomes a subclass whose tensors are properties.
+"""The adapters of one layer: a submodule of it that holds their edits, and the tensors that come of them."""
 
-The layer stays the same object under the same names, its own `forward` runs, and its base tensors stay where they were
-(`_parameters`, `_buffers`, the state dict).
-"""
-
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from segraft.adapters.edits import Edit
+from segraft.adapters.caching import Composed
+from segraft.adapters.edits import Edit, Replacement
 
 ATTRIBUTE = "segraft"
 """Name of the submodule, on every grafted layer, that holds {adapter name: {key: Edit}}."""
@@ -29,6 +27,11 @@ class LayerGrafts(nn.ModuleDict):
     def __init__(self) -> None:
         super().__init__()
         self.active: tuple[str, ...] = ()
+        self.composed: dict[str, Composed] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what can be composed again."""
+        return {**self.__dict__, "composed": {}}
 
     def edits(self, name: str) -> dict[str, Edit]:
         """What adapter `name` does to this layer, by key; empty where it leaves the layer alone."""
@@ -62,12 +65,35 @@ def set_base_tensor(layer: nn.Module, tensor: str, value: Tensor) -> None:
 def adapted_tensor(layer: nn.Module, tensor: str) -> Tensor:
     """The value that the layer computes with, under the active adapters.
 
-    With none active it is the base tensor itself, not a copy.
+    With none active it is the base tensor itself, not a copy. What needs no gradient is composed once and kept until
+    anything it came from changes.
     """
     base = value = base_tensor(layer, tensor)
-    for edit in grafts_of(layer).active_edits(tensor):
+    grafts = grafts_of(layer)
+    edits = list(grafts.active_edits(tensor))
+    if not edits:
+        return base
+    if _can_be_kept(base, edits):
+        kept = grafts.composed.get(tensor)
+        if kept is None or not kept.is_current(base, edits):
+            kept = grafts.composed[tensor] = Composed.compose(base, edits)
+        return kept.value
+    grafts.composed.pop(tensor, None)
+    for edit in edits:
         value = edit(value)
     return value if value.dtype == base.dtype else value.to(base.dtype)
+
+
+def _can_be_kept(base: Tensor, edits: Sequence[Edit]) -> bool:
+    """Not what needs a gradient, nor what is not composed but somebody's own tensor, nor tensors without versions."""
+    tensors = [base, *(tensor for edit in edits for tensor in edit.parameters())]
+    return not (
+        isinstance(edits[-1], Replacement)
+        or torch.compiler.is_compiling()
+        or any(tensor.is_inference() for tensor in tensors)
+        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def grafts_of(layer: nn.Module) -> LayerGrafts:
@@ -80,71 +106,3 @@ def grafts_of(layer: nn.Module) -> LayerGrafts:
 def is_grafted(layer: nn.Module) -> bool:
     """Whether any adapter, active or not, sits on the layer."""
     return isinstance(layer._modules.get(ATTRIBUTE), LayerGrafts)
-
-
-def _property(tensor: str) -> property:
-    def read(layer: nn.Module) -> Tensor:
-        try:
-            return adapted_tensor(layer, tensor)
-        except AttributeError as error:
-            # nn.Module.__getattr__ would swallow it and hand out the base tensor: a silently unadapted layer.
-            raise RuntimeError(f"composing {tensor} of {type(layer).__name__} failed: {error}") from error
-
-    return property(read)
-
-
-def _rebuild(base: type[nn.Module], tensors: frozenset[str]) -> nn.Module:
-    grafted = grafted_class(base, tensors)
-    return grafted.__new__(grafted)
-
-
-def _reduce(layer: nn.Module, _protocol: Any) -> tuple[Callable[..., nn.Module], tuple[Any, ...], dict[str, Any]]:
-    """Copy and pickle by base class and tensor names, as the generated class has no import path."""
-    cls: Any = type(layer)
-    return _rebuild, (cls.segraft_base, cls.segraft_tensors), layer.__getstate__()  # type: ignore[no-untyped-call]
-
-
-_CLASSES: dict[tuple[type[nn.Module], frozenset[str]], type[nn.Module]] = {}
-
-
-def grafted_class(base: type[nn.Module], tensors: frozenset[str]) -> type[nn.Module]:
-    """A subclass of `base` in which `tensors` are composed on access."""
-    if (base, tensors) in _CLASSES:
-        return _CLASSES[base, tensors]
-    namespace: dict[str, Any] = {tensor: _property(tensor) for tensor in tensors}
-    namespace |= {"segraft_base": base, "segraft_tensors": tensors, "__reduce_ex__": _reduce}
-    namespace |= {"__module__": base.__module__, "__doc__": base.__doc__}
-    _CLASSES[base, tensors] = type(f"Grafted{base.__name__}", (base,), namespace)
-    return _CLASSES[base, tensors]
-
-
-def base_class(layer: nn.Module) -> type[nn.Module]:
-    """The class the layer had before grafting."""
-    return getattr(type(layer), "segraft_base", type(layer))
-
-
-def attach(layer: nn.Module, name: str, edits: dict[str, Edit]) -> None:
-    """Put adapter `name`, made of `edits`, on the layer."""
-    if not is_grafted(layer):
-        layer.add_module(ATTRIBUTE, LayerGrafts())
-    grafts_of(layer)[name] = Edits(edits)
-    refresh_class(layer)
-
-
-def detach(layer: nn.Module, names: Iterable[str]) -> None:
-    """Take adapters off the layer; with the last one gone it is what it was."""
-    grafts = grafts_of(layer)
-    for name in names:
-        if name in grafts:
-            del grafts[name]
-    grafts.active = tuple(name for name in grafts.active if name in grafts)
-    if len(grafts) == 0:
-        del layer._modules[ATTRIBUTE]
-    refresh_class(layer)
-
-
-def refresh_class(layer: nn.Module) -> None:
-    """Give the layer the class that its present adapters need."""
-    base = base_class(layer)
-    tensors = grafts_of(layer).edited() if is_grafted(layer) else frozenset()
-    layer.__class__ = grafted_class(base, tensors) if tensors else base

@@ -40,6 +40,10 @@ class WeightSlot:
         """The tensors that an adapter changes, with or without the bias."""
         return (self.weight, self.bias) if bias and self.bias is not None else (self.weight,)
 
+    def channel_dim(self, dim: int | None) -> int:
+        """The dimension of the weight that carries the magnitude, without groups; `dim` as below."""
+        return 1 if self.transposed and dim is None else 0
+
     def by_output_channel(self, weight: Tensor, dim: int | None) -> Tensor:
         """View of `weight` as [g, a, c, b], where (g, c) counts the channels that carry a magnitude.
 

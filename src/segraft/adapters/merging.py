@@ -12,10 +12,10 @@ from segraft.adapters.grafted import (
     adapted_tensor,
     base_tensor,
     grafts_of,
-    refresh_class,
     set_base_tensor,
 )
 from segraft.adapters.selection import base_parameters
+from segraft.adapters.surgery import refresh_class
 from segraft.errors import SegraftError
 
 MERGED = "_segraft_merged"

@@ -23,7 +23,7 @@ def params(
     spec: "AdapterSpec",
     common: Common,
 ) -> None:
-    """Count trainable and frozen parameters of a network with an adapter.
+    """Count trainable and frozen parameters of a network with an adapter, and the bytes that training them takes.
 
     Example: `segraft params --network unet --method dora_c --rank 64`, or `segraft params --paper sah`
     """
@@ -32,9 +32,10 @@ def params(
     if paper is not None:
         _show_paper(paper_table(paper, spec.rank), spec.rank, as_json=common.as_json)
         return
-    table = count(network, spec, json_object(network_args, "--network-args"))
+    counted = count(network, spec, json_object(network_args, "--network-args"))
+    table = counted.adapted
     if common.as_json:
-        show_json(table.to_dict())
+        show_json(table.to_dict() | {"full_state_bytes": counted.full.state.to_dict()})
         return
     rows = [[row.owner, row.part, row.kind, f"{row.trainable:,}", f"{row.frozen:,}"] for row in table.rows]
     show_table(
@@ -44,6 +45,13 @@ def params(
         right=2,
     )
     show_line(f"{100 * table.trainable / table.total:.2f} % of {table.total:,} parameters train.")
+    states = {"this": table.state, "full fine-tuning": counted.full.state}
+    show_table(
+        "What a training with AdamW holds beside activations, in MB",
+        ["", "trainable", "gradients", "moments", "their sum", "frozen"],
+        ([name, *(f"{value / 1e6:,.3f}" for value in state.to_dict().values())] for name, state in states.items()),
+        right=5,
+    )
 
 
 def _show_paper(rows: list[Any], rank: int, *, as_json: bool) -> None:

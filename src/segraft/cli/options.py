@@ -136,6 +136,14 @@ def training(
             rich_help_panel=TRAINING,
         ),
     ] = None,
+    recompute: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Parts, or regular expressions on module names, whose activations are recomputed in the backward "
+            "pass: less memory, more time, the same result; repeat for several [none].",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
 ) -> dict[str, Any]:
     """Fields of `TrainingSettings`, only those the user said; the defaults are its own."""
     said: dict[str, Any] = {
@@ -150,6 +158,7 @@ def training(
         "augment": augment,
         "flip": flip,
         "stop_when_converged": stop_when_converged,
+        "recompute": tuple(recompute) if recompute else None,
     }
     return {name: value for name, value in said.items() if value is not None}
 

@@ -1,11 +1,13 @@
 """`segraft pretrain` and `segraft adapt`."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from segraft.allocation import keep_freed_memory
 from segraft.cli import options
 from segraft.cli.app import json_object, progress_console, show_json, show_line, show_notes, split
 from segraft.cli.options import Common, Data, Labels, NetworkArguments, OutFolder, PatientPattern, takes
@@ -15,6 +17,12 @@ if TYPE_CHECKING:
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a result that is there.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on after the last finished epoch, exactly.")]
+
+
+def _settle_memory(training: Mapping[str, Any]) -> None:
+    """Trade memory for time, unless the user trades the other way: who recomputes activations is short of memory."""
+    if not training.get("recompute"):
+        keep_freed_memory()
 
 
 @takes(training=options.training, preparation=options.preparation, common=options.common)
@@ -41,6 +49,7 @@ def pretrain(
     from segraft.jobs import pretrain as job
     from segraft.training.settings import check_settings
 
+    _settle_memory(training)
     result = job(
         data,
         out,
@@ -92,6 +101,7 @@ def adapt(
     from segraft.jobs.adapting import ADAPTING, BaseSource
     from segraft.training.settings import check_settings
 
+    _settle_memory(training)
     result = job(
         BaseSource(base, weights, json_object(network_args, "--network-args")),
         data,

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from segraft.allocation import keep_freed_memory
 from segraft.cli import options
 from segraft.cli.app import err, progress_console, show_frame, show_json, show_line, show_notes, show_table, split
 from segraft.cli.options import BasePath, Common, Data, Labels, ModelPath, OutFolder, PatientPattern, takes
@@ -88,6 +89,7 @@ def demo(*, out: OutFolder = Path("demo"), common: Common) -> None:
     """
     from segraft.jobs.demo import demo as job
 
+    keep_freed_memory()
     result = job(out, seed=common.seed, **common.computing(), console=None if common.as_json else err)
     if common.as_json:
         show_json(asdict(result) | {"table": result.table.to_dict("records")})

@@ -22,6 +22,7 @@ from segraft.jobs.training_set import training_set
 from segraft.networks import load_base, load_weights
 from segraft.networks.bases import FILE_NAME
 from segraft.training.fit import Fit, check_device, check_precision, fit
+from segraft.training.recomputation import regions
 from segraft.training.settings import TrainingSettings
 
 ADAPTING: dict[str, Any] = {"learning_rate": 3e-3, "stop_when_converged": True}
@@ -133,6 +134,7 @@ def adapt(
     net, described, inherited, pretrained_on = source.load(len(asked))
     cohort = read_cohort(data, patient_pattern, pretrained_on)
     adapters.graft(net, spec, seed=settings.seed)
+    regions(net, settings.recompute)  # a wrong name is told before scans are read
     chosen = choose(cohort, shots, seed=settings.seed, avoid=pretrained_on, purpose="to adapt to", console=console)
     given = training_set(
         cohort,

@@ -12,9 +12,24 @@ from segraft.errors import SegraftError
 from segraft.networks import UNet, build
 
 
-def count(network: str, spec: AdapterSpec, arguments: Mapping[str, Any] | None = None) -> ParameterTable:
-    """Parameters of a network (one channel, one label, unless `arguments` say otherwise) with an adapter on it."""
-    return parameter_table(graft(build(network, in_channels=1, out_channels=1, arguments=arguments), spec))
+@dataclass(frozen=True)
+class Counted:
+    """Parameters of a network.
+
+    Attributes:
+        adapted: with an adapter on it.
+        full: without one, all its parameters trainable, as in full fine-tuning.
+    """
+
+    adapted: ParameterTable
+    full: ParameterTable
+
+
+def count(network: str, spec: AdapterSpec, arguments: Mapping[str, Any] | None = None) -> Counted:
+    """Parameters of a network (one channel, one label, unless `arguments` say otherwise), adapted and on its own."""
+    net = build(network, in_channels=1, out_channels=1, arguments=arguments)
+    full = parameter_table(net.requires_grad_())
+    return Counted(parameter_table(graft(net, spec)), full)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from segraft.jobs.training_set import training_set
 from segraft.networks import load_weights, save_base
 from segraft.networks.bases import FILE_NAME
 from segraft.training.fit import Fit, check_device, check_precision, fit
+from segraft.training.recomputation import regions
 from segraft.training.settings import TrainingSettings
 
 
@@ -82,6 +83,7 @@ def pretrain(
     net = build_from(network, arguments)
     if weights is not None:
         load_weights(net, weights)
+    regions(net, settings.recompute)  # a wrong name is told before scans are read
     chosen = choose(cohort, cases, seed=settings.seed, purpose="to pre-train on")
     given = training_set(
         cohort,

@@ -21,6 +21,7 @@ from segraft.data.patches import EpochSampler, PatchSource, collate
 from segraft.errors import SegraftError
 from segraft.training.callbacks import EpochCheckpoint, History, ProgressBar
 from segraft.training.module import SegmentationTask
+from segraft.training.recomputation import recomputing
 from segraft.training.settings import TrainingSettings
 
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
@@ -72,7 +73,7 @@ def fit(
     Raises:
         KeyboardInterrupt: Ctrl-C; the checkpoint holds the last full epoch.
         SegraftError: no checkpoint to resume from, or not a whole one; the device is not there; see also
-            `SegmentationTask`.
+            `SegmentationTask` and `recomputing`.
     """
     if resume:
         _check_checkpoint(checkpoint)
@@ -105,7 +106,7 @@ def fit(
             deterministic="warn" if torch.cuda.is_available() else False,
         )
         net.train()  # Lightning leaves the mode as it finds it
-        with _interruptible(trainer):
+        with _interruptible(trainer), recomputing(net, settings.recompute):
             trainer.fit(task, loader, ckpt_path=checkpoint if resume else None, weights_only=True if resume else None)
     seconds = time.perf_counter() - started
     device = str(trainer.strategy.root_device)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from segraft.adapters import has_adapters, require_gradients
 from segraft.errors import SegraftError
 from segraft.training.losses import LOSSES
+from segraft.training.recomputation import require_recomputation
 from segraft.training.settings import TrainingSettings
 
 
@@ -26,7 +27,7 @@ class SegmentationTask(LightningModule):
 
     Raises:
         SegraftError: nothing is trainable; (while training) the output's shape is not the label's, a trainable
-            tensor receives no gradient, the loss is not finite.
+            tensor receives no gradient, a part to recompute is never called, the loss is not finite.
     """
 
     def __init__(self, net: nn.Module, settings: TrainingSettings, steps: int) -> None:
@@ -71,10 +72,14 @@ class SegmentationTask(LightningModule):
     def on_after_backward(self) -> None:
         """After the first backward pass every trainable tensor of an adapter must have a gradient.
 
+        And what was to be recomputed must have been called.
         A plain network may have layers that it never calls (newer ViTs of MONAI do): they just stay as they are.
         """
-        if not self.checked and has_adapters(self.net):
+        if self.checked:
+            return
+        if has_adapters(self.net):
             require_gradients(self.net)
+        require_recomputation(self.net)
         self.checked = True
 
     def configure_optimizers(self) -> Any:

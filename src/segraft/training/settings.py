@@ -30,6 +30,8 @@ class TrainingSettings(BaseModel):
         seed: of the case order, patches, augmentation and initial factors.
         device: `auto`, `cpu`, `cuda`, `mps`.
         precision: `32`, or mixed `bf16` or `16`; weights are composed in float32 always.
+        recompute: parts of the network, or regular expressions for module names, that recompute their activations in
+            the backward pass: less memory for more time, with the same results (`segraft.training.recomputation`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -48,6 +50,7 @@ class TrainingSettings(BaseModel):
     seed: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Precision = "32"
+    recompute: tuple[str, ...] = ()
 
     @field_validator("loss")
     @classmethod

@@ -1,0 +1,86 @@
+"""Which backward pass of a layer is cheaper, by a model of its operations and bytes.
+
+Costs are in multiply-adds of a dense convolution. What the model has to tell apart differs by factors: a 3×3 layer of
+512 channels at rank 8 is ten times cheaper through the chain, one of a single input channel several times dearer.
+"""
+
+import math
+
+from torch import Tensor
+
+from segraft.adapters.operators import FEW, Convolution, Dense, Operator
+from segraft.adapters.stages import Chain
+
+BYTE = {"cpu": 10.0, "cuda": 10.0}
+"""Multiply-adds in the time of moving one byte, in float32: cores reach 50 to 100 per ns, and memory 5 to 10 GB/s each;
+an H100 reaches 30 per ps and 3.3 TB/s."""
+
+LANES = {"cpu": 16, "cuda": 32}
+"""Fewer channels than this cost as much as this many."""
+
+LAUNCH = {"cpu": 3e6, "cuda": 1e8}
+"""Of one call of a kernel, in multiply-adds."""
+
+
+def chain_is_cheaper(operator: Operator, chain: Chain, rank: int, x: Tensor, weight: tuple[int, ...]) -> bool:
+    """Whether the factors' gradients cost less through the chain than through the gradient of the whole weight.
+
+    Args:
+        operator: of the layer.
+        chain: of its factors.
+        rank: R.
+        x: the layer's input.
+        weight: shape of its weight.
+    """
+    model = _Model(x.device.type, x.element_size())
+    o, i, *kernel = weight
+    if isinstance(operator, Dense):
+        x_points = g_points = x.numel() // i
+    else:
+        assert isinstance(operator, Convolution)  # noqa: S101
+        batch = x.shape[0]
+        outside, inside = math.prod(x.shape[2:]), math.prod(x.shape[2:]) // math.prod(operator.stride)
+        if operator.transposed:
+            inside, outside = outside, outside * math.prod(operator.stride)
+        x_points, g_points = batch * outside, batch * inside
+    strided = x_points != g_points
+    whole = model.convolution(i, o, math.prod(kernel), x_points, g_points, strided=strided)
+    # Formed, then read for each of the two matrices, whose products cost R per element each.
+    whole += math.prod(weight) * (3 * 4 * model.byte + 2 * rank)
+    total, entering = 0.0, x_points
+    for position, stage in enumerate(chain.stages):
+        size = math.prod(kernel[mode] for mode in stage.kernel_modes)
+        first, last = position == 0, position == len(chain.stages) - 1
+        leaving = g_points if last or (strided and stage.kernel_modes) else entering
+        channels = (i if first else rank, o if last else rank)
+        moves = strided and entering != leaving
+        if stage.depthwise:
+            total += 3 * model.depthwise(rank, size, entering)
+        else:
+            # The kernel's gradient, and either the chain's forward or its backward pass (between, both).
+            passes = 2 if first or last else 3
+            total += passes * model.convolution(*channels, size, entering, leaving, strided=moves)
+        entering = leaving
+    return total < whole
+
+
+class _Model:
+    def __init__(self, device: str, itemsize: int) -> None:
+        self.byte = BYTE.get(device, BYTE["cuda"]) * (4 / itemsize)
+        self.lanes, self.launch = LANES.get(device, LANES["cuda"]), LAUNCH.get(device, LAUNCH["cuda"])
+        self.itemsize = itemsize
+
+    def convolution(self, i: int, o: int, size: int, x_points: int, g_points: int, *, strided: bool) -> float:
+        """One of forward pass, input's gradient and weight's gradient."""
+        moved = (i * x_points + o * g_points) * self.itemsize * self.byte
+        if size == 1 and not strided:
+            return self.launch + moved
+        if min(i, o) * size <= FEW and min(i, o) == i:
+            return self.launch + moved + 2 * i * size * g_points * self.itemsize * self.byte
+        lanes = math.prod(self.lanes * math.ceil(channels / self.lanes) for channels in (i, o))
+        # Convolutions bring the activations into an order of their own before, strided ones also after.
+        return self.launch + lanes * size * g_points + (3.0 if strided else 1.5) * moved
+
+    def depthwise(self, rank: int, size: int, points: int) -> float:
+        """One pass of R channels by themselves."""
+        return self.launch + 2 * rank * points * self.itemsize * self.byte * (1 + size / 3)

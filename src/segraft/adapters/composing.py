@@ -1,0 +1,115 @@
+"""The weight of a low-rank edit from two matrices, and back: W = γ V, V = W0 + left @ right, γ = m / ‖V‖.
+
+For execution, outside autograd's graph; `LowRank.forward` says the same in it. Weight-sized passes are what an adapter
+costs where images are small, so each is one call that keeps the weight's own memory format.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from segraft.adapters.layers import WeightSlot
+from segraft.adapters.narrow import correlation
+from segraft.adapters.stages import Matrices
+
+
+def composing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """At least float32: in bf16 the sum W0 + ΔW would lose a third of a small update."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A weight [o, i, *kernel] as a matrix of which `left @ right` is the update.
+
+    Attributes:
+        order: of the dimensions; the first `split` make the rows of the matrix, the others its columns.
+        split: 1, or more where rows count kernel positions too.
+    """
+
+    order: tuple[int, ...]
+    split: int
+
+    @classmethod
+    def of(cls, weight: Tensor, held: tuple[int, ...] = ()) -> "Layout":
+        """Rows count o and the dimensions `held`; columns lie as in the memory of `weight`."""
+        rest = [d for d in range(2, weight.ndim) if d not in held]
+        return cls((0, *held, *((1, *rest) if channels_first(weight) else (*rest, 1))), 1 + len(held))
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """[rows, columns] of a weight, or of a `right`, which has size 1 in the dimensions held; a view if it can."""
+        rows = tensor.shape[0] * math.prod(tensor.shape[d] for d in self.order[1 : self.split])
+        return tensor.permute(self.order).reshape(rows, -1)
+
+    def tensor(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of `matrix`: a view."""
+        inverse = [self.order.index(d) for d in range(len(shape))]
+        return matrix.view([shape[d] for d in self.order]).permute(inverse)
+
+
+def channels_first(tensor: Tensor) -> bool:
+    """Whether memory holds [o, i, *kernel] rather than [o, *kernel, i]."""
+    return tensor.ndim < 3 or tensor.is_contiguous() or not tensor.movedim(1, -1).is_contiguous()
+
+
+def compose(
+    base: Tensor, update: Matrices, m: Tensor | None, slot: WeightSlot, magnitude_dim: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """W [o, i, *kernel] in the dtype of the composition and the memory format of W0; n = ‖V‖ with a magnitude.
+
+    Differentiable where a gradient is wanted, with the same bits where none is.
+
+    Args:
+        base: W0 [o, i, *kernel].
+        update: ΔW, scaled.
+        m: magnitudes [channels]; None without.
+        slot: says where the channels of W are.
+        magnitude_dim: of the spec.
+    """
+    dtype = composing_dtype(base.dtype)
+    base, left, right = base.to(dtype), update.left.to(dtype), update.right.to(dtype)
+    layout = Layout.of(base, update.held)
+    if update.held:
+        delta = layout.tensor(left @ layout.matrix(right), base.shape)
+        # With W0 first the sum has its memory format.
+        weight = base + delta
+    else:
+        weight = layout.tensor(torch.addmm(layout.matrix(base), left, layout.matrix(right)), base.shape)
+    if m is None:
+        return weight, None
+    norm = channel_norm(weight, slot, magnitude_dim)
+    gain = m.to(dtype) / norm
+    if slot.groups > 1:
+        view = slot.by_output_channel(weight, magnitude_dim)
+        return (gain.view(view.shape[0], 1, -1, 1) * view).reshape(weight.shape), norm
+    gain = along(gain, weight, slot.channel_dim(magnitude_dim))
+    return (weight * gain if weight.requires_grad or gain.requires_grad else weight.mul_(gain)), norm
+
+
+def channel_norm(weight: Tensor, slot: WeightSlot, magnitude_dim: int | None) -> Tensor:
+    """‖·‖ [channels]; never zero, so that a channel of zeros stays one. The same bits in every memory format."""
+    view = slot.by_output_channel(weight.contiguous(), magnitude_dim)
+    norm: Tensor = torch.linalg.vector_norm(view, dim=(1, 3)).flatten()
+    return norm.clamp_min(torch.finfo(weight.dtype).tiny)
+
+
+def along(values: Tensor, weight: Tensor, channel_dim: int) -> Tensor:
+    """[channels] shaped to be broadcast over `weight`."""
+    return values.view([-1 if d == channel_dim else 1 for d in range(weight.ndim)])
+
+
+def contract(gradient: Tensor, update: Matrices, shrink: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The gradients of left and right from that of ΔW [o, i, *kernel], multiplied by `shrink` [o]."""
+    layout = Layout.of(gradient, update.held)
+    matrix, right = layout.matrix(gradient), layout.matrix(update.right)
+    left = update.left if shrink is None else by_row(update.left, shrink)
+    of_left = correlation(matrix.unsqueeze(0), right.unsqueeze(0))
+    of_right = layout.tensor(left.t() @ matrix, update.right.shape)
+    return of_left if shrink is None else by_row(of_left, shrink), of_right
+
+
+def by_row(left: Tensor, values: Tensor) -> Tensor:
+    """`left` [o·…, ρ] with the rows of each output channel multiplied by its value [o]."""
+    return (left.view(len(values), -1) * values.unsqueeze(1)).view(left.shape)

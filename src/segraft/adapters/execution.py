@@ -1,0 +1,162 @@
+"""How an adapted layer is executed: forward with the composed weight, backward to the factors.
+
+Three ways, with the same result:
+
+    composed   W = compose(W0, factors) is part of autograd's graph: the reference, for every layer and every edit
+    weight     one function: the gradient of the whole weight is formed, then contracted to the factors
+    chain      one function: the factors' gradients come from the activations, through the chain of small convolutions
+               that ΔW stands for (`stages`); nothing of the size of the weight is formed
+
+The last two serve one trained low-rank edit on a linear or convolution layer of torch's own. Forward is one
+convolution with W in all of them, and the gradient of the input goes through W. `choosing` takes the cheaper one;
+`execution` overrides that. With a magnitude (DoRA) the gradient of V that reaches the factors is
+
+    dL/dV = γ dL/dW − t / (n m) · W        γ = m / n,  n = ‖V‖,  dL/dm = t / m,  t = ⟨dL/dW, W⟩ per output channel
+
+where t = Σ g·(y − b) takes no more than the output, which is there for the next layer's sake.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from segraft.adapters.choosing import chain_is_cheaper
+from segraft.adapters.composing import compose
+from segraft.adapters.edits import Edit, LowRank
+from segraft.adapters.functions import AdaptedLayer, FrozenLayer, Plan
+from segraft.adapters.grafted import adapted_tensor, base_tensor, grafts_of
+from segraft.adapters.kept import settle_last
+from segraft.adapters.operators import operator_of
+from segraft.adapters.stages import chain
+
+Way = Literal["composed", "weight", "chain"]
+_WAY: ContextVar[Way | None] = ContextVar("segraft_execution", default=None)
+
+
+@contextmanager
+def execution(way: Way | None) -> Iterator[None]:
+    """Within the `with` block, execute every adapted layer that can be in this way; None: the cheapest.
+
+    Where a layer cannot (several trained edits on one weight, grouped convolutions, …) it stays `composed`.
+    """
+    token = _WAY.set(way)
+    try:
+        yield
+    finally:
+        _WAY.reset(token)
+
+
+def executed(forward: Callable[..., Tensor], dims: int) -> Callable[..., Tensor]:
+    """`forward` of a stock layer with `dims` spatial dimensions, executed in one of the ways above where it can be."""
+
+    def run(layer: nn.Module, x: Tensor, *others: Any, **named: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return forward(layer, x, *others, **named)
+        settle_last()
+        if others or named or not _is_training_as_usual(layer, x, dims):
+            return forward(layer, x, *others, **named)
+        edits = list(grafts_of(layer).active_edits("weight"))
+        before, trained = (edits[:-1], edits[-1]) if edits and _is_trained(edits[-1]) else (edits, None)
+        served = _can_adapt(trained) if trained is not None else dims > 0 and x.requires_grad
+        if not served or any(_is_trained(edit) for edit in before):
+            return forward(layer, x)
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            if isinstance(trained, LowRank):
+                return _run_adapted(layer, x, before, trained)
+            return _run_frozen(layer, x)
+
+    return run
+
+
+def _is_training_as_usual(layer: nn.Module, x: Tensor, dims: int) -> bool:
+    """Whether a call is what the functions serve: reverse mode, eagerly, an ordinary batch, the base frozen."""
+    if (
+        not torch.is_grad_enabled()
+        or _WAY.get() == "composed"
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return False
+    base = layer._parameters.get("weight")
+    if base is None or base.requires_grad or not x.is_floating_point() or x.numel() == 0:
+        return False
+    if dims and x.ndim != dims + 2:
+        return False
+    # What torch would refuse is left to torch.
+    return x.dtype == base.dtype or torch.is_autocast_enabled(x.device.type)
+
+
+def _is_trained(edit: Edit) -> bool:
+    return any(value.requires_grad for value in edit.parameters())
+
+
+def _can_adapt(trained: Edit) -> bool:
+    """Whether `AdaptedLayer` serves: low rank, of the whole weight, without groups."""
+    whole = isinstance(trained, LowRank) and trained.rows is None and trained.slot.groups == 1
+    return whole and _can_divide_by(trained)
+
+
+def _can_divide_by(edit: Edit) -> bool:
+    """Whether t / m can be had: not where a channel of the magnitude is (next to) zero.
+
+    Looked at whenever the magnitude changes; on other devices than the CPU, where looking waits for the device, once.
+    """
+    if not isinstance(edit, LowRank) or edit.m is None:
+        return True
+    key = (edit.m.data_ptr(), edit.m._version if edit.m.device.type == "cpu" else None)
+    seen: tuple[Any, bool] | None = edit.__dict__.get("divisible")
+    if seen is None or seen[0] != key:
+        seen = key, bool(edit.m.detach().abs().min() > torch.finfo(torch.float32).eps ** 3)
+        edit.__dict__["divisible"] = seen
+    return seen[1]
+
+
+def _bias(layer: nn.Module, x: Tensor) -> Tensor | None:
+    bias = layer.bias
+    return bias.to(x.dtype) if isinstance(bias, Tensor) else None
+
+
+def _run_frozen(layer: nn.Module, x: Tensor) -> Tensor:
+    operator, x = operator_of(layer, x)
+    weight = adapted_tensor(layer, "weight").detach().to(x.dtype)
+    y: Tensor = FrozenLayer.apply(operator, x, _bias(layer, x), weight)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _run_adapted(layer: nn.Module, x: Tensor, before: Sequence[Edit], edit: LowRank) -> Tensor:
+    operator, x = operator_of(layer, x)
+    base = base_tensor(layer, "weight")
+    grafts_of(layer).composed.pop("weight", None)  # of an evaluation before
+    with torch.no_grad():
+        for each in before:
+            base = each(base)
+    links = chain(edit.contraction)
+    way = _WAY.get()
+    if way is None:
+        way = "chain" if chain_is_cheaper(operator, links, edit.rank, x, tuple(base.shape)) else "weight"
+    if operator.transposed and edit.m is not None:
+        way = "weight"  # its output is the larger side, and the one that no later layer keeps
+    # The matrices need no graph where only the chain takes gradients to the factors.
+    with torch.set_grad_enabled(way == "weight" or edit.m is not None):
+        update = edit.matrices()
+    kernels = links.kernels(edit.scaled_factors()) if way == "chain" else []
+    with torch.no_grad():
+        weight, norm = compose(base, update, edit.m, edit.slot, edit.magnitude_dim)
+        weight = weight.to(x.dtype)
+    stages = links.stages if way == "chain" else ()
+    plan = Plan(operator, stages, edit.slot.channel_dim(edit.magnitude_dim), update.held)
+    y: Tensor = AdaptedLayer.apply(  # type: ignore[no-untyped-call]
+        plan, x, _bias(layer, x), weight, norm, edit.m, update.left, update.right, *kernels
+    )
+    kept = getattr(y.grad_fn, "kept", None)
+    if kept is not None:
+        kept.watch(y)
+    return y

@@ -1,0 +1,153 @@
+"""The functions that adapted and frozen layers are differentiated by; `execution` decides on which."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from segraft.adapters.composing import along, channels_first, contract
+from segraft.adapters.kept import Kept
+from segraft.adapters.operators import Operator
+from segraft.adapters.stages import Matrices, Stage
+
+CHANNELS_LAST = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one call of one layer.
+
+    Attributes:
+        operator: the layer's arithmetic.
+        stages: of the chain; empty when the gradient of the whole weight is formed.
+        channel_dim: dimension of the weight that carries the magnitude.
+        held: of the two matrices, see `Matrices`.
+    """
+
+    operator: Operator
+    stages: tuple[Stage, ...]
+    channel_dim: int
+    held: tuple[int, ...]
+
+
+class AdaptedLayer(torch.autograd.Function):
+    """y = x ∗ W + b, differentiated to x, b, m and to the factors in one of their two forms."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: Plan,
+        x: Tensor,
+        bias: Tensor | None,
+        weight: Tensor,
+        norm: Tensor | None,
+        m: Tensor | None,
+        left: Tensor,
+        right: Tensor,
+        *kernels: Tensor,
+    ) -> Tensor:
+        """The layer's output.
+
+        Args:
+            ctx: of autograd.
+            plan: of this call.
+            x: input.
+            bias: [o] or None.
+            weight: W, composed.
+            norm: n [channels], with a magnitude.
+            m: magnitudes [channels] or None.
+            left: of `Matrices`.
+            right: of `Matrices`.
+            kernels: of the stages.
+        """
+        y = plan.operator.forward(x, weight, bias)
+        with_output = m is not None and bool(plan.stages)
+        ctx.plan, ctx.kept = plan, Kept(y) if with_output else None
+        ctx.save_for_backward(x, bias if with_output else None, weight, norm, m, left, right, *kernels)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of all inputs."""
+        x, bias, weight, norm, m, left, right, *kernels = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        operator = plan.operator
+        needs = ctx.needs_input_grad
+        of_x = operator.input_gradient(g, weight, x) if needs[1] else None
+        of_bias = operator.channel_sum(g) if needs[2] else None
+        of_m = of_left = of_right = None
+        of_kernels: Sequence[Tensor | None] = [None] * len(kernels)
+        if plan.stages and (ctx.kept is None or ctx.kept.is_valid()):
+            gain = None if m is None else m / norm
+            of_kernels = chain_gradients(plan, g, x, kernels, gain)
+            if m is not None:
+                t = operator.channel_dot(g, ctx.kept.y)
+                if bias is not None:
+                    t = t - bias * (operator.channel_sum(g) if of_bias is None else of_bias)
+                t = t.to(m.dtype)
+                of_m = t / m
+                update = Matrices(left, right, plan.held)
+                of_left, of_right = contract(weight.to(left.dtype), update, -t / (norm * m))
+        else:
+            gradient = operator.weight_gradient(g, x, weight).to(left.dtype)
+            if m is not None:
+                dims = [d for d in range(gradient.ndim) if d != plan.channel_dim]
+                t = (gradient * weight).sum(dims)
+                of_m = t / m
+                shrink = along(-t / (norm * m), gradient, plan.channel_dim)
+                gradient.mul_(along(m / norm, gradient, plan.channel_dim)).addcmul_(weight.to(gradient), shrink)
+            of_left, of_right = contract(gradient, Matrices(left, right, plan.held))
+        return None, of_x, of_bias, None, None, of_m, of_left, of_right, *of_kernels
+
+
+def chain_gradients(plan: Plan, g: Tensor, x: Tensor, kernels: Sequence[Tensor], gain: Tensor | None) -> list[Tensor]:
+    """Of the kernels of the chain, from the layer's input and its output's gradient.
+
+    Of a transposed convolution they are those of the convolution that is its adjoint, which maps g to x.
+    """
+    entering, leaving = (g, x) if plan.operator.transposed else (x, g)
+    rank = kernels[0].shape[0]
+    operators = [plan.operator.stage(stage, rank) for stage in plan.stages]
+    small = [kernel.to(g.dtype) for kernel in kernels]
+    if gain is not None:
+        small[-1] = along(gain, small[-1], 0).to(g.dtype) * small[-1]
+    # A kernel whose strides look like channels last would make torch copy the activations into that format.
+    memory = torch.contiguous_format if channels_first(entering) else CHANNELS_LAST[entering.ndim]
+    small = [kernel.contiguous(memory_format=memory) for kernel in small]
+    inputs = [entering]
+    for operator, kernel in zip(operators[:-1], small, strict=False):
+        inputs.append(operator.through(inputs[-1], kernel))
+    gradients: list[Tensor] = []
+    for operator, kernel, entered in zip(reversed(operators), reversed(small), reversed(inputs), strict=True):
+        gradients.append(operator.weight_gradient(leaving, entered, kernel).to(kernels[0].dtype))
+        if entered is not entering:
+            leaving = operator.input_gradient(leaving, kernel, entered)
+    if gain is not None:
+        gradients[0] = along(gain, gradients[0], 0) * gradients[0]
+    return gradients[::-1]
+
+
+class FrozenLayer(torch.autograd.Function):
+    """y = x ∗ W + b with W frozen: unlike torch's own convolution it does not keep x for a gradient nobody wants."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, x: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
+        """The layer's output."""
+        ctx.operator, ctx.shape = operator, x.shape
+        # The backward pass takes its memory format from the weight, as it has no x.
+        last = not channels_first(x)
+        ctx.save_for_backward(weight.contiguous(memory_format=CHANNELS_LAST[weight.ndim]) if last else weight)
+        return operator.forward(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the input and of the bias."""
+        (weight,) = ctx.saved_tensors
+        x = g.new_empty(1).expand(ctx.shape)
+        of_x = ctx.operator.input_gradient(g, weight, x) if ctx.needs_input_grad[1] else None
+        return None, of_x, ctx.operator.channel_sum(g) if ctx.needs_input_grad[2] else None, None

@@ -1,0 +1,238 @@
+"""What a layer does with its weight, and the gradients of that: linear maps, convolutions, transposed convolutions.
+
+An operator is the layer's arithmetic without its tensors. Weights are as torch stores them, x is the layer's input
+and g the gradient of its output.
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from segraft.adapters.narrow import Offset, correlation, gather, opposite, pointwise
+from segraft.adapters.stages import Stage
+
+convolve = torch.ops.aten.convolution.default
+convolution_backward = torch.ops.aten.convolution_backward.default
+
+
+class Operator(Protocol):
+    """y = x ∗ w (+ b), linear in x and in w."""
+
+    @property
+    def transposed(self) -> bool:
+        """The first stored dimension of the weight is the input side."""
+        ...
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output."""
+        ...
+
+    def through(self, x: Tensor, weight: Tensor) -> Tensor:
+        """X ∗ w where the weight is one of the small ones of a chain."""
+        ...
+
+    def input_gradient(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        """Of the input; of `x` itself only its shape and memory format matter."""
+        ...
+
+    def weight_gradient(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Of the weight; of `weight` itself only its shape and memory format matter."""
+        ...
+
+    def channel_sum(self, g: Tensor) -> Tensor:
+        """[o] sums of something shaped like the output: the gradient of the bias."""
+        ...
+
+    def channel_dot(self, g: Tensor, y: Tensor) -> Tensor:
+        """[o] inner products of two things shaped like the output."""
+        ...
+
+    def stage(self, stage: Stage, rank: int) -> "Operator":
+        """The operator of one stage of the chain that stands for the weight (transposed: for its adjoint)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """x [..., i], weight [o, i], y [..., o]."""
+
+    transposed: bool = False
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output."""
+        return nn.functional.linear(x, weight, bias)
+
+    def through(self, x: Tensor, weight: Tensor) -> Tensor:
+        """X ∗ w."""
+        return nn.functional.linear(x, weight)
+
+    def input_gradient(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
+        """Of the input."""
+        return g @ weight
+
+    def weight_gradient(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG002
+        """Of the weight."""
+        return g.reshape(-1, g.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+
+    def channel_sum(self, g: Tensor) -> Tensor:
+        """[o] sums."""
+        return g.reshape(-1, g.shape[-1]).sum(0)
+
+    def channel_dot(self, g: Tensor, y: Tensor) -> Tensor:
+        """[o] inner products."""
+        return (g * y).reshape(-1, g.shape[-1]).sum(0)
+
+    def stage(self, stage: Stage, rank: int) -> "Dense":  # noqa: ARG002
+        """Every stage is a linear map."""
+        return self
+
+
+FEW = 32
+"""Up to so many channels times kernel positions on one side, the weight's gradient is a product of shifted copies."""
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """x [B, i, *space], weight [o, i / groups, *kernel] (transposed [i, o, *kernel]), y [B, o, *space].
+
+    Zero padding alone: a layer that pads otherwise pads x before. `forward` is torch's own, so that a layer computes
+    what it computed before; the rest uses the matrix products of `narrow` where they are cheaper than torch's.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    transposed: bool = False
+    groups: int = 1
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output."""
+        geometry = (self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups)
+        y: Tensor = convolve(x, weight, bias, *geometry)
+        return y
+
+    def through(self, x: Tensor, weight: Tensor) -> Tensor:
+        """X ∗ w."""
+        if self._is_pointwise(x, weight):
+            return pointwise(weight.flatten(1), x)
+        return self.forward(x, weight, None)
+
+    def input_gradient(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        """Of the input."""
+        if self._is_pointwise(g, weight):
+            return pointwise(weight.flatten(1).t(), g)
+        return self._backward(g, x, weight, of_x=True)
+
+    def weight_gradient(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Of the weight; where x or g has few channels, a product of shifted copies of it with the other one."""
+        offsets, (o, i, *kernel) = self._offsets(weight), weight.shape
+        if self._is_narrow(g, weight, i):
+            found = correlation(g.flatten(2), gather(x, offsets, g.shape[2:], self.stride))
+            return found.reshape(o, *kernel, i).movedim(-1, 1)
+        if self._is_narrow(x, weight, o) and max(self.stride) == 1:
+            found = correlation(gather(g, opposite(offsets), x.shape[2:]), x.flatten(2))
+            return found.reshape(*kernel, o, i).movedim((-2, -1), (0, 1))
+        return self._backward(g, x, weight, of_x=False)
+
+    def _backward(self, g: Tensor, x: Tensor, weight: Tensor, *, of_x: bool) -> Tensor:
+        geometry = (self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups)
+        both: tuple[Tensor, Tensor, Tensor] = convolution_backward(
+            g, x, weight, None, *geometry, [of_x, not of_x, False]
+        )
+        return both[0] if of_x else both[1]
+
+    def _is_pointwise(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether it is one matrix product over the memory of `x` as it lies."""
+        plain = self.groups == 1 and not self.transposed and not any(self.padding) and max(self.stride) == 1
+        return plain and weight.shape[2:].numel() == 1 and x.is_contiguous()
+
+    def _is_narrow(self, wide: Tensor, weight: Tensor, channels: int) -> bool:
+        """Whether the side with `channels` has few, and `wide`, the other side, can be read as it lies."""
+        few = channels * weight.shape[2:].numel() <= FEW
+        return few and self.groups == 1 and not self.transposed and wide.is_contiguous()
+
+    def _offsets(self, weight: Tensor) -> list[Offset]:
+        """Where each position of the kernel lies from the output's position."""
+        geometry = zip(weight.shape[2:], self.padding, self.dilation, strict=True)
+        return list(itertools.product(*(range(-p, d * k - p, d) for k, p, d in geometry)))
+
+    def channel_sum(self, g: Tensor) -> Tensor:
+        """[o] sums."""
+        return g.sum((0, *range(2, g.ndim)))
+
+    def channel_dot(self, g: Tensor, y: Tensor) -> Tensor:
+        """[o] inner products."""
+        return (g * y).sum((0, *range(2, g.ndim)))
+
+    def stage(self, stage: Stage, rank: int) -> "Convolution":
+        """With the geometry of the kernel modes that the stage holds; the others are of size 1 and do nothing.
+
+        Of a transposed convolution, the stage of its adjoint.
+        """
+
+        def held(values: tuple[int, ...], otherwise: int) -> tuple[int, ...]:
+            return tuple(v if mode in stage.kernel_modes else otherwise for mode, v in enumerate(values))
+
+        return replace(
+            self,
+            stride=held(self.stride, 1),
+            padding=held(self.padding, 0),
+            dilation=held(self.dilation, 1),
+            output_padding=(0,) * len(self.stride),
+            transposed=False,
+            groups=rank if stage.depthwise else 1,
+        )
+
+
+STOCK: dict[type[nn.Module], int] = {
+    nn.Linear: 0,
+    nn.Conv1d: 1,
+    nn.Conv2d: 2,
+    nn.Conv3d: 3,
+    nn.ConvTranspose1d: 1,
+    nn.ConvTranspose2d: 2,
+    nn.ConvTranspose3d: 3,
+}
+"""Layers whose arithmetic is known here, with their spatial dimensions."""
+
+
+def stock_class(layer_class: type[nn.Module]) -> type[nn.Module] | None:
+    """The class of `STOCK` whose forward pass `layer_class` runs unchanged; None where it has one of its own."""
+    for stock in STOCK:
+        if issubclass(layer_class, stock) and all(
+            getattr(layer_class, method, None) is getattr(stock, method, None)
+            for method in ("forward", "_conv_forward", "_output_padding")
+        ):
+            return stock
+    return None
+
+
+def operator_of(layer: nn.Module, x: Tensor) -> tuple[Operator, Tensor]:
+    """The arithmetic of a stock layer, and `x` padded where it does not pad with zeros on both sides alike."""
+    if isinstance(layer, nn.Linear):
+        return Dense(), x
+    assert isinstance(layer, nn.modules.conv._ConvNd)  # noqa: S101
+    padding = layer.padding
+    if layer.padding_mode != "zeros" or padding == "same":
+        around = layer._reversed_padding_repeated_twice
+        sides = [(around[2 * d], around[2 * d + 1]) for d in reversed(range(len(around) // 2))]
+        if layer.padding_mode == "zeros" and all(before == after for before, after in sides):
+            padding = tuple(before for before, _ in sides)
+        else:
+            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+            x, padding = nn.functional.pad(x, around, mode=mode), (0,) * len(sides)
+    elif padding == "valid":
+        padding = (0,) * (layer.weight.ndim - 2)
+    return _convolution(
+        layer.stride, tuple(padding), layer.dilation, layer.output_padding, layer.transposed, layer.groups
+    ), x
+
+
+@lru_cache(maxsize=1024)
+def _convolution(*geometry: Any) -> Convolution:
+    return Convolution(*geometry)

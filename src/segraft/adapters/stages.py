@@ -1,0 +1,135 @@
+"""A formula as what a layer can compute with: a chain of small convolutions, or a product of two matrices.
+
+ΔW of every formula passes through R channels: `ΔW ∗ x = Q ∗ (M ∗ (P ∗ x))` with P the factor that has the input mode,
+Q the one that has the output mode, and M whatever is between them. That chain gives the gradients of the factors from
+the activations, without the gradient of the whole weight. Both forms are derived from the letters of the formula, and
+are differentiable in the factors (which are small).
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from segraft.adapters.formulas import KERNEL_LETTERS, Contraction
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One convolution of the chain.
+
+    Attributes:
+        kernel_modes: which modes of the layer's kernel it holds, the others have size 1.
+        depthwise: R channels to R, each by itself.
+    """
+
+    kernel_modes: tuple[int, ...]
+    depthwise: bool = False
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The stages of a formula, in the order in which they meet the input.
+
+    Attributes:
+        stages: two or three.
+        equations: for each, the einsum that makes [out, in, its kernel modes] (depthwise [R, its kernel modes]) of
+            the factors at `positions`.
+        positions: of the factors that each stage is made of.
+    """
+
+    stages: tuple[Stage, ...]
+    equations: tuple[str, ...]
+    positions: tuple[tuple[int, ...], ...]
+    kernel_dims: int
+
+    def kernels(self, factors: list[Tensor]) -> list[Tensor]:
+        """One weight [out, in, *kernel] per stage; `factors` as the formula orders them."""
+        kernels = []
+        for stage, equation, positions in zip(self.stages, self.equations, self.positions, strict=True):
+            kernel = torch.einsum(equation, *(factors[position] for position in positions))
+            channels = (kernel.shape[0], 1) if stage.depthwise else tuple(kernel.shape[:2])
+            sizes = kernel.shape[len(kernel.shape) - len(stage.kernel_modes) :]
+            spread = dict(zip(stage.kernel_modes, sizes, strict=True))
+            kernels.append(kernel.reshape(*channels, *(spread.get(d, 1) for d in range(self.kernel_dims))))
+        return kernels
+
+
+@cache
+def chain(contraction: Contraction) -> Chain:
+    """Read the chain off the letters of a formula."""
+    letters = contraction.factors
+    last = next(position for position, each in enumerate(letters) if "o" in each)
+    first = next(position for position, each in enumerate(letters) if "i" in each)
+    middle = tuple(position for position in range(len(letters)) if position not in (first, last))
+    kernel = [letter for letter in KERNEL_LETTERS if any(letter in each for each in letters)]
+
+    def modes(*positions: int) -> str:
+        return "".join(letter for letter in kernel if any(letter in letters[position] for position in positions))
+
+    def bottleneck(position: int) -> str:
+        (letter,) = set(letters[position]) - set("oi" + KERNEL_LETTERS)
+        return letter
+
+    entering, leaving = bottleneck(first), bottleneck(last)
+    plan: list[tuple[tuple[int, ...], str, bool]] = [((first,), f"{entering}i", False)]
+    if middle:
+        depthwise = entering == leaving
+        plan.append((middle, leaving if depthwise else leaving + entering, depthwise))
+    plan.append(((last,), f"o{leaving}", False))
+    stages, equations = [], []
+    for positions, channels, depthwise in plan:
+        held = modes(*positions)
+        equations.append(f"{','.join(letters[position] for position in positions)}->{channels}{held}")
+        stages.append(Stage(tuple(kernel.index(letter) for letter in held), depthwise))
+    return Chain(tuple(stages), tuple(equations), tuple(positions for positions, _, _ in plan), len(kernel))
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """ΔW as a product of two matrices.
+
+    Attributes:
+        left: [o·F, ρ]; F counts the positions of the kernel dimensions `held`, which is 1 where there are none.
+        right: [ρ, i, *kernel], of size 1 in the dimensions held.
+        held: dimensions of the weight, of the kernel, that the rows of `left` count.
+    """
+
+    left: Tensor
+    right: Tensor
+    held: tuple[int, ...] = ()
+
+
+SPREAD = 96
+"""Up to this ρ, a product with zeros in it costs less than to bring the weight into the order of its factors."""
+
+
+def matrices(contraction: Contraction, factors: list[Tensor]) -> Matrices:
+    """ΔW, unscaled, as a product of two matrices that is differentiable in the factors.
+
+    ρ is R. Where the output factor holds kernel modes (LoRA-C) either the rows count them too, or, for small ρ, ρ is
+    R·F and `right` holds the product of the other factors F times, on a diagonal over kernel positions.
+    """
+    product = factors[-1]
+    for step, factor in zip(contraction.steps[:-1], reversed(factors[1:-1]), strict=True):
+        product = torch.einsum(step, factor, product)
+    output, rest = contraction.steps[-1].split("->")[0].split(",")
+    kernel = [letter for letter in KERNEL_LETTERS if letter in output + rest]
+    held = [letter for letter in kernel if letter in output]
+    others = [letter for letter in kernel if letter in rest]
+    rank = next(letter for letter in output if letter not in "o" + KERNEL_LETTERS)
+    left = torch.einsum(f"{output}->o{''.join(held)}{rank}", factors[0])
+    product = torch.einsum(f"{rest}->{rank}i{''.join(others)}", product)
+    sizes = left.shape[1:-1]
+    if left.shape[-1] * sizes.numel() > SPREAD or not held:
+        spread = dict(zip(others, product.shape[2:], strict=True))
+        right = product.reshape(*product.shape[:2], *(spread.get(letter, 1) for letter in kernel))
+        return Matrices(left.flatten(0, -2), right, tuple(2 + kernel.index(letter) for letter in held))
+    # [r, i, others] -> [F, r, i, F', others], nonzero where F = F'
+    diagonal = torch.diag_embed(product.unsqueeze(-1).expand(*product.shape, sizes.numel()))
+    diagonal = diagonal.movedim((-2, -1), (0, 3)).reshape(
+        sizes.numel() * product.shape[0], product.shape[1], *sizes, *product.shape[2:]
+    )
+    order = [(*held, *others).index(letter) for letter in kernel]
+    return Matrices(left.flatten(1), diagonal.permute(0, 1, *(2 + position for position in order)))

@@ -1,0 +1,149 @@
+"""Freed memory is kept in a process of the command line, and nowhere else."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from segraft import cli
+from segraft.allocation import arranged_by_user, keep_freed_memory
+from segraft.cli import train, use
+
+GLIBC = sys.platform == "linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names
+
+CHURN = """
+import json, resource, sys
+import torch
+from segraft.allocation import keep_freed_memory
+
+took_effect = keep_freed_memory() if {keep} else None
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for times in range(60):
+    if times == 20:  # by now small blocks have found their places between the large ones
+        before = faults()
+    torch.ones(10 * 2**20)
+churned = faults() - before
+
+torch.manual_seed(0)
+net, image = torch.nn.Linear(8, 1), torch.randn(64, 8)
+optimiser = torch.optim.AdamW(net.parameters(), lr=0.1)
+losses = []
+for _ in range(20):
+    optimiser.zero_grad()
+    loss = (net(image) - image.sum(1, keepdim=True)).square().mean()
+    loss.backward()
+    optimiser.step()
+    losses.append(loss.item())
+print(json.dumps([took_effect, churned, losses]))
+"""
+
+
+def churn(*, keep: bool, **variables: str) -> tuple[bool | None, int, list[float]]:
+    """In a process of its own: the answer, page faults of allocating 40 MiB forty times, a training's losses."""
+    plain = {name: value for name, value in os.environ.items() if not arranged_by_user({name: value})}
+    command = [sys.executable, "-c", CHURN.format(keep=keep)]
+    environment = plain | {"OMP_NUM_THREADS": "1"} | variables
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return tuple(json.loads(done.stdout))
+
+
+@pytest.fixture(scope="module")
+def without() -> tuple[int, list[float]]:
+    """Page faults and losses of a process that is left as it is."""
+    return churn(keep=False)[1:]
+
+
+@pytest.mark.skipif(not GLIBC, reason="for the GNU C library")
+def test_memory_that_was_freed_is_used_again(without):
+    took_effect, kept, losses = churn(keep=True)
+    returned, losses_without = without
+    assert took_effect is True
+    assert 10 * kept < returned
+    assert losses == losses_without
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.skipif(not GLIBC, reason="for the GNU C library")
+def test_what_the_user_arranged_stays(without):
+    took_effect, churned, _ = churn(keep=True, MALLOC_MMAP_MAX_="65536")  # as many as by default
+    assert took_effect is False
+    assert churned > without[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "arranged"),
+    [
+        ({}, False),
+        ({"MALLOC_MMAP_MAX_": "0"}, True),
+        ({"MALLOC_ARENA_MAX": "1"}, True),
+        ({"GLIBC_TUNABLES": "glibc.malloc.top_pad=1:glibc.cpu.hwcaps=x"}, True),
+        ({"GLIBC_TUNABLES": "glibc.cpu.hwcaps=x"}, False),
+        ({"LD_PRELOAD": "/usr/lib/libjemalloc.so.2"}, True),
+        ({"LD_PRELOAD": "libgomp.so.1:/opt/libtcmalloc_minimal.so.4"}, True),
+        ({"LD_PRELOAD": "libgomp.so.1 libmimalloc.so"}, True),
+        ({"LD_PRELOAD": "/opt/malloc/libgomp.so.1"}, False),
+        ({"LD_PRELOAD": "", "PATH": "/opt/jemalloc"}, False),
+    ],
+)
+def test_which_variables_count(monkeypatch, variables, arranged):
+    assert arranged_by_user(variables) is arranged
+    if arranged:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert keep_freed_memory() is False
+
+
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_other_systems_are_left_alone(monkeypatch, platform):
+    monkeypatch.setattr(sys, "platform", platform)
+    assert keep_freed_memory() is False
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    class Musl:
+        def __init__(self, _name: Any) -> None:
+            pass
+
+    monkeypatch.setattr("ctypes.CDLL", Musl)
+    assert keep_freed_memory() is False
+
+
+@pytest.mark.parametrize(
+    ("command", "trains"),
+    [
+        (("pretrain", "--data", "no/where", "--out", "no/where"), True),
+        (("adapt", "--base", "no/where", "--data", "no/where", "--out", "no/where"), True),
+        (("demo", "--out", "{file}"), True),
+        (("pretrain", "--data", "no/where", "--out", "no/where", "--recompute", "decoder"), False),
+        (("adapt", "--base", "x", "--data", "no/where", "--out", "no/where", "--recompute", "decoder"), False),
+        (("predict", "no/where", "no/where", "-o", "no/where"), False),
+        (("evaluate", "no/where", "--data", "no/where"), False),
+        (("inspect", "no/where"), False),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_the_commands_that_train_ask_for_it_unless_memory_is_short(monkeypatch, tmp_path, command, trains):
+    asked: list[bool] = []
+    for module in (train, use):
+        monkeypatch.setattr(module, "keep_freed_memory", lambda: asked.append(True))
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "base").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["segraft", *(word.format(file=tmp_path / "file") for word in command)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert bool(asked) is trains
+
+
+def test_importing_asks_for_nothing():
+    script = (
+        "import ctypes\n"
+        "from unittest.mock import patch\n"
+        "with patch('ctypes.CDLL', side_effect=AssertionError):\n"
+        "    import segraft, segraft.allocation, segraft.cli\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
