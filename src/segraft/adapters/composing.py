@@ -112,4 +112,4 @@ def contract(gradient: Tensor, update: Matrices, shrink: Tensor | None = None) -
 
 def by_row(left: Tensor, values: Tensor) -> Tensor:
     """`left` [o·…, ρ] with the rows of each output channel multiplied by its value [o]."""
-    return (left.view(len(values), -1) * values.unsqueeze(1)).view(left.shape)
+    return (left.reshape(len(values), -1) * values.unsqueeze(1)).view(left.shape)
