@@ -5,10 +5,12 @@ Costs are in multiply-adds of a dense convolution. What the model has to tell ap
 """
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from segraft.adapters.operators import FEW, Convolution, Dense, Operator
+from segraft.adapters.phases import phase_count
 from segraft.adapters.stages import Chain
 
 BYTE = {"cpu": 10.0, "cuda": 10.0}
@@ -44,22 +46,22 @@ def chain_is_cheaper(operator: Operator, chain: Chain, rank: int, x: Tensor, wei
             inside, outside = outside, outside * math.prod(operator.stride)
         x_points, g_points = batch * outside, batch * inside
     strided = x_points != g_points
-    whole = model.convolution(i, o, math.prod(kernel), x_points, g_points, strided=strided)
+    whole = model.convolution(i, o, kernel, x_points, g_points, strided=strided)
     # Formed, then read for each of the two matrices, whose products cost R per element each.
     whole += math.prod(weight) * (3 * 4 * model.byte + 2 * rank)
     total, entering = 0.0, x_points
     for position, stage in enumerate(chain.stages):
-        size = math.prod(kernel[mode] for mode in stage.kernel_modes)
+        sizes = [size if mode in stage.kernel_modes else 1 for mode, size in enumerate(kernel)]
         first, last = position == 0, position == len(chain.stages) - 1
         leaving = g_points if last or (strided and stage.kernel_modes) else entering
         channels = (i if first else rank, o if last else rank)
         moves = strided and entering != leaving
         if stage.depthwise:
-            total += 3 * model.depthwise(rank, size, entering)
+            total += 3 * model.depthwise(rank, sizes, entering)
         else:
             # The kernel's gradient, and either the chain's forward or its backward pass (between, both).
             passes = 2 if first or last else 3
-            total += passes * model.convolution(*channels, size, entering, leaving, strided=moves)
+            total += passes * model.convolution(*channels, sizes, entering, leaving, strided=moves)
         entering = leaving
     return total < whole
 
@@ -68,19 +70,29 @@ class _Model:
     def __init__(self, device: str, itemsize: int) -> None:
         self.byte = BYTE.get(device, BYTE["cuda"]) * (4 / itemsize)
         self.lanes, self.launch = LANES.get(device, LANES["cuda"]), LAUNCH.get(device, LAUNCH["cuda"])
-        self.itemsize = itemsize
+        self.itemsize, self.device = itemsize, device
 
-    def convolution(self, i: int, o: int, size: int, x_points: int, g_points: int, *, strided: bool) -> float:
+    def convolution(
+        self, i: int, o: int, kernel: Sequence[int], x_points: int, g_points: int, *, strided: bool
+    ) -> float:
         """One of forward pass, input's gradient and weight's gradient."""
+        size, few = math.prod(kernel), min(i, o)
         moved = (i * x_points + o * g_points) * self.itemsize * self.byte
         if size == 1 and not strided:
             return self.launch + moved
-        if min(i, o) * size <= FEW and min(i, o) == i:
+        if few * size <= FEW and few == i:
             return self.launch + moved + 2 * i * size * g_points * self.itemsize * self.byte
-        lanes = math.prod(self.lanes * math.ceil(channels / self.lanes) for channels in (i, o))
+        lanes = float(math.prod(self.lanes * math.ceil(channels / self.lanes) for channels in (i, o)))
+        if self.device == "cpu" and not strided:
+            p = phase_count(few, kernel[0])
+            lanes *= (kernel[0] + p - 1) / (p * kernel[0])
         # Convolutions bring the activations into an order of their own before, strided ones also after.
         return self.launch + lanes * size * g_points + (3.0 if strided else 1.5) * moved
 
-    def depthwise(self, rank: int, size: int, points: int) -> float:
+    def depthwise(self, rank: int, kernel: Sequence[int], points: int) -> float:
         """One pass of R channels by themselves."""
+        size = math.prod(kernel)
+        if self.device == "cpu" and len(kernel) == 3:
+            # As few as a vector holds go through a dense kernel; more, through code that is far from the hardware.
+            return self.launch + points * size * (self.lanes**2 if rank <= self.lanes else 100 * rank)
         return self.launch + 2 * rank * points * self.itemsize * self.byte * (1 + size / 3)

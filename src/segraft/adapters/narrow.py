@@ -14,9 +14,21 @@ Offset = tuple[int, ...]
 
 
 def pointwise(matrix: Tensor, x: Tensor) -> Tensor:
-    """Matrix [o, i] applied to the channels of x [B, i, *space]."""
-    # Not matmul, which would fold the batch into the positions: a product of the slow orientation.
-    return torch.bmm(matrix.expand(len(x), *matrix.shape), x.flatten(2)).view(len(x), -1, *x.shape[2:])
+    """[o, i] applied to the channels of x [B, i, *space]."""
+    return torch.stack([wide_product(matrix, each) for each in x.flatten(2)]).view(len(x), -1, *x.shape[2:])
+
+
+def wide_product(matrix: Tensor, x: Tensor) -> Tensor:
+    """[o, i] @ [i, n] for few rows and very many columns: [o, n].
+
+    In blocks of columns, which spreads it better over the cores of a CPU.
+    """
+    n = x.shape[1]
+    blocks = math.gcd(n, 32)
+    if x.device.type != "cpu" or n // blocks < 256:
+        return matrix @ x
+    parts = torch.bmm(matrix.expand(blocks, *matrix.shape), x.view(x.shape[0], blocks, -1).transpose(0, 1))
+    return parts.transpose(0, 1).reshape(matrix.shape[0], n)
 
 
 def opposite(offsets: Sequence[Offset]) -> list[Offset]:

@@ -13,6 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from segraft.adapters.narrow import Offset, correlation, gather, opposite, pointwise
+from segraft.adapters.phases import (
+    LANES,
+    convolve_in_phases,
+    depthwise_as_dense,
+    depthwise_weight_gradient,
+    phases_for,
+    weight_gradient_in_phases,
+)
 from segraft.adapters.stages import Stage
 
 convolve = torch.ops.aten.convolution.default
@@ -95,6 +103,11 @@ FEW = 32
 """Up to so many channels times kernel positions on one side, the weight's gradient is a product of shifted copies."""
 
 
+def mirror(weight: Tensor) -> Tensor:
+    """[o, i, *kernel] -> [i, o, *kernel reversed]."""
+    return weight.flip(tuple(range(2, weight.ndim))).transpose(0, 1).contiguous()
+
+
 @dataclass(frozen=True)
 class Convolution:
     """x [B, i, *space], weight [o, i / groups, *kernel] (transposed [i, o, *kernel]), y [B, o, *space].
@@ -120,24 +133,70 @@ class Convolution:
         """X ∗ w."""
         if self._is_pointwise(x, weight):
             return pointwise(weight.flatten(1), x)
+        if self._is_slow_depthwise(x, weight):
+            return replace(self, groups=1).forward(x, depthwise_as_dense(weight), None)
+        p = self._phases(x, weight.shape[1], weight.shape[0], weight.shape[2])
+        if p > 1:
+            return convolve_in_phases(x, weight, self.padding, self.dilation, p)
         return self.forward(x, weight, None)
 
     def input_gradient(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         """Of the input."""
         if self._is_pointwise(g, weight):
             return pointwise(weight.flatten(1).t(), g)
+        adjoint = self._adjoint(weight)
+        if adjoint is not None and self._is_slow_depthwise(g, weight):
+            return adjoint.through(g, weight.flip((2, 3, 4)))
+        if adjoint is not None and self.groups == 1 and adjoint._phases(g, *weight.shape[:3]) > 1:
+            return adjoint.through(g, mirror(weight))
         return self._backward(g, x, weight, of_x=True)
 
     def weight_gradient(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Of the weight; where x or g has few channels, a product of shifted copies of it with the other one."""
         offsets, (o, i, *kernel) = self._offsets(weight), weight.shape
+        if self._is_slow_depthwise(x, weight):
+            return depthwise_weight_gradient(g, x, weight, self.padding, self.dilation)
         if self._is_narrow(g, weight, i):
             found = correlation(g.flatten(2), gather(x, offsets, g.shape[2:], self.stride))
             return found.reshape(o, *kernel, i).movedim(-1, 1)
         if self._is_narrow(x, weight, o) and max(self.stride) == 1:
             found = correlation(gather(g, opposite(offsets), x.shape[2:]), x.flatten(2))
             return found.reshape(*kernel, o, i).movedim((-2, -1), (0, 1))
+        p = self._phases(x, i, o, kernel[0])
+        if p > 1:
+            return weight_gradient_in_phases(g, x, weight, self.padding, self.dilation, p)
+        adjoint = self._adjoint(weight)
+        p = 1 if adjoint is None or self.groups > 1 else adjoint._phases(g, o, i, kernel[0])
+        if adjoint is not None and p > 1:
+            return mirror(weight_gradient_in_phases(x, g, mirror(weight), adjoint.padding, adjoint.dilation, p))
         return self._backward(g, x, weight, of_x=False)
+
+    def _phases(self, x: Tensor, i: int, o: int, kernel: int) -> int:
+        """How many outputs in a row `phases` can take at a time, of a kernel of this size in the first dimension."""
+        if (
+            self.transposed
+            or self.groups > 1
+            or max(self.stride) > 1
+            or self.dilation[0] > 1
+            or i < LANES
+            or o >= LANES
+        ):
+            return 1
+        return phases_for(x, x.shape[2] + 2 * self.padding[0] - kernel + 1, o, kernel)
+
+    def _is_slow_depthwise(self, x: Tensor, weight: Tensor) -> bool:
+        """A depthwise kernel in three dimensions with few channels, for which oneDNN has no fast code."""
+        depthwise = weight.shape[1] == 1 and 1 < self.groups == weight.shape[0] <= LANES
+        plain = not self.transposed and max(self.stride) == 1 and x.is_contiguous() and x.device.type == "cpu"
+        return depthwise and plain and len(self.stride) == 3
+
+    def _adjoint(self, weight: Tensor) -> "Convolution | None":
+        """The convolution, with the mirrored kernel, that takes g to the gradient of x; None where there is none."""
+        if self.transposed or max(self.stride) > 1:
+            return None
+        geometry = zip(weight.shape[2:], self.dilation, self.padding, strict=True)
+        padding = tuple(d * (k - 1) - p for k, d, p in geometry)
+        return None if min(padding) < 0 else replace(self, padding=padding)
 
     def _backward(self, g: Tensor, x: Tensor, weight: Tensor, *, of_x: bool) -> Tensor:
         geometry = (self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups)
