@@ -261,7 +261,8 @@ def test_factors_that_change_between_forward_and_backward(way):
             value.div_(2)
 
 
-def test_recomputation_frees_the_outputs_that_are_kept():
+@pytest.mark.parametrize("way", ["composed", "weight", "chain"])
+def test_recomputation_frees_the_outputs_that_are_kept(way):
     """Keeping them beside the tensors that autograd saves would defeat it."""
 
     def living(recompute):
@@ -269,7 +270,7 @@ def test_recomputation_frees_the_outputs_that_are_kept():
         for layer in net:
             if isinstance(layer, nn.Conv2d):
                 layer.register_forward_hook(lambda _, __, y: alive.append(y.untyped_storage()._weak_ref()))
-        with execution("chain"):
+        with execution(way):
             y = checkpoint(net, x, use_reentrant=False) if recompute else net(x)
         found = sum(not torch.UntypedStorage._expired(each) for each in alive)
         for each in alive:

@@ -119,6 +119,11 @@ def _can_divide_by(edit: Edit) -> bool:
     return seen[1]
 
 
+def _saving_is_somebody_elses() -> bool:
+    """Whether what is saved for the backward pass is dropped and recomputed, or moved elsewhere."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # noqa: FBT003
+
+
 def _bias(layer: nn.Module, x: Tensor) -> Tensor | None:
     bias = layer.bias
     return bias.to(x.dtype) if isinstance(bias, Tensor) else None
@@ -142,8 +147,8 @@ def _run_adapted(layer: nn.Module, x: Tensor, before: Sequence[Edit], edit: LowR
     way = _WAY.get()
     if way is None:
         way = "chain" if chain_is_cheaper(operator, links, edit.rank, x, tuple(base.shape)) else "weight"
-    if operator.transposed and edit.m is not None:
-        way = "weight"  # its output is the larger side, and the one that no later layer keeps
+    if edit.m is not None and (operator.transposed or _saving_is_somebody_elses()):
+        way = "weight"  # no output to keep: of a transposed layer it is the larger side, which no later layer keeps
     # The matrices need no graph where only the chain takes gradients to the factors.
     with torch.set_grad_enabled(way == "weight" or edit.m is not None):
         update = edit.matrices()
