@@ -122,6 +122,7 @@ def test_grouped_convolutions_stay_composed(kind, method, adapted):
         (lambda: nn.ConvTranspose2d(4, 6, 3, stride=3, padding=1, output_padding=(2, 0), dilation=2), (4, 4, 5)),
         (lambda: nn.ConvTranspose3d(3, 2, (1, 2, 3), stride=(1, 2, 2), output_padding=(0, 1, 0)), (3, 2, 3, 2)),
         (lambda: nn.ConvTranspose1d(6, 4, 1), (6, 7)),
+        (lambda: nn.ConvTranspose2d(6, 4, (1, 3), dilation=2, output_padding=1), (6, 4, 3)),
         (lambda: nn.Linear(6, 33), (4, 5, 6)),
         (lambda: nn.Linear(40, 2), (40,)),
     ],
@@ -229,6 +230,14 @@ def test_a_magnitude_with_zeros(way):
     with torch.no_grad():
         edit.m[1] = -0.5
     assert is_one_function(net, x, way)
+    assert_same_in_every_way(net, x, [way])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_magnitude_that_becomes_zero_where_no_version_is_counted(way):
+    net, x = single(nn.Conv2d(3, 8, 3, padding=1), "dora_c", rank=1), images(2, 3, 6, 6)
+    results(net, x, way)
+    grafts_of(net[0]).edits("default")["weight"].m.data[1] = 0
     assert_same_in_every_way(net, x, [way])
 
 

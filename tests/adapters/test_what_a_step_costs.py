@@ -75,16 +75,15 @@ def test_the_weight_is_chosen_for_a_first_layer_of_one_channel(method):
     assert in_between not in formed_in_backward(net, x)
 
 
-def kept_bytes(net, x, way=None):
-    """Bytes kept for the backward pass in distinct memory, weights and whatever else is as large as one aside."""
-    weights = {value.numel() for value in net.parameters() if value.ndim > 1}
+def kept_bytes(net, x, way=None, *, least=1000):
+    """Bytes kept for the backward pass in distinct memory, of tensors with `least` numbers or more."""
     own = {value.untyped_storage().data_ptr() for value in (*net.parameters(), *net.buffers())}
     found, held = {}, []
 
     def take_down(value):
-        held.append(value)
+        held.append(value)  # else its memory could be given to another
         memory = value.untyped_storage()
-        if memory.data_ptr() not in own and value.numel() not in weights:
+        if memory.data_ptr() not in own and value.numel() >= least:
             found[memory.data_ptr()] = memory.nbytes()
         return value
 
@@ -113,11 +112,11 @@ def unet(spatial_dims=2):
 @pytest.mark.parametrize("method", ["dora_c", "conv_dora", "cp_dora", "conv_lora", "lora_c", "cp_lora"])
 @pytest.mark.parametrize("way", ["weight", "chain", None])
 def test_a_step_keeps_no_more_activations_than_full_fine_tuning(spatial_dims, method, way):
-    x = torch.randn(2, 1, *[24] * spatial_dims)
-    full = kept_bytes(unet(spatial_dims), x)
-    adapted = kept_bytes(graft(unet(spatial_dims), AdapterSpec(method, rank=2)), x, way)
-    # The factors, magnitudes and norms themselves are a few hundred numbers a layer.
-    assert adapted <= full + 4 * 1000 * 14
+    x = torch.randn(2, 1, *[128 if spatial_dims == 2 else 32] * spatial_dims)
+    least = x.numel() * 12 // 4**spatial_dims  # of the bottleneck; weights and matrices made of factors are smaller
+    full = kept_bytes(unet(spatial_dims), x, least=least)
+    assert full > 30 * x.numel() * x.itemsize
+    assert kept_bytes(graft(unet(spatial_dims), AdapterSpec(method, rank=2)), x, way, least=least) <= full
 
 
 def test_frozen_layers_above_an_adapted_one_keep_no_activations():
@@ -130,9 +129,9 @@ def test_frozen_layers_above_an_adapted_one_keep_no_activations():
     activation = x.numel() * 4
     assert kept_bytes(layers(), x) >= 6 * activation
     assert kept_bytes(layers().requires_grad_(False), x) == 0
-    assert kept_bytes(frozen, x) < activation
+    assert kept_bytes(frozen, x) <= activation  # the image itself, which torch keeps
     adapted = graft(layers(), AdapterSpec("conv_lora", rank=2, targets="0"))
-    assert kept_bytes(adapted, x) < 1.5 * activation
+    assert kept_bytes(adapted, x) == activation
     assert kept_bytes(adapted, x, "composed") >= 5 * activation  # as torch's own convolutions do
 
 
@@ -165,7 +164,7 @@ def test_parts_alone_are_trained_with_the_right_gradients(spec, memory_format):
         return {name: value.grad.clone() for name, value in net.named_parameters() if value.grad is not None}
 
     expected = gradients("composed")
-    assert {name for name in expected} == {name for name, value in net.named_parameters() if value.requires_grad}
+    assert set(expected) == {name for name, value in net.named_parameters() if value.requires_grad}
     for way in ("weight", "chain", None):
         for name, value in gradients(way).items():
             torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-11)

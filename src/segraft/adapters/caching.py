@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from segraft.adapters.edits import Edit
+
+SAMPLE = 512
+"""So many values of a tensor are compared: as many as take no time beside a convolution."""
 
 
 @dataclass(frozen=True)
@@ -17,29 +20,36 @@ class Source:
     Attributes:
         alias: shares its memory and its version; holding it keeps another tensor from getting the same address.
         version: counts what was written to it in place.
-        values: a copy, for the small tensors of an adapter on the CPU: writing through `.data` or NumPy counts no
-            version. Elsewhere comparing would wait for the device.
+        sample: values spread over it, on the CPU: writing through `.data` or NumPy, as moving averages of weights do,
+            counts no version. Elsewhere comparing would wait for the device.
+        values: a copy of these.
     """
 
     alias: Tensor
     version: int
-    values: Tensor | None
+    sample: Tensor | None = None
+    values: Tensor | None = None
 
     @classmethod
-    def of(cls, tensor: Tensor, *, small: bool) -> Self:
+    def of(cls, tensor: Tensor) -> Self:
         """What `tensor` is now."""
         alias = tensor.detach()
-        return cls(alias, tensor._version, alias.clone() if small and alias.device.type == "cpu" else None)
+        version = -1 if tensor.is_inference() else tensor._version
+        if alias.device.type != "cpu":
+            return cls(alias, version)
+        reach = sum((size - 1) * step for size, step in zip(alias.shape, alias.stride(), strict=True))
+        dense = reach == alias.numel() - 1  # in any order, such as channels last
+        sample = alias.as_strided((alias.numel(),), (1,))[:: 1 + alias.numel() // SAMPLE] if dense else alias
+        return cls(alias, version, sample, sample.clone())
 
     def is_still(self, tensor: Tensor) -> bool:
         """Whether `tensor` is what it was."""
         return (
-            tensor._version == self.version
+            not tensor.is_inference()  # which count no versions
+            and tensor._version == self.version
             and tensor.data_ptr() == self.alias.data_ptr()
-            and tensor.dtype == self.alias.dtype
-            and tensor.device == self.alias.device
-            and tensor.stride() == self.alias.stride()
-            and (self.values is None or torch.equal(tensor, self.values))
+            and tensor.shape == self.alias.shape
+            and (self.sample is None or self.values is None or torch.equal(self.sample, self.values))
         )
 
 
@@ -52,21 +62,27 @@ class Composed:
         version: of `value`, in case somebody writes to it.
         base: W0.
         edits: in the order in which they were applied, each with its scaling.
-        sources: the tensors of the edits.
+        sources: the tensors of the edits, with where each is held and under which name.
     """
 
     value: Tensor
     version: int
     base: Source
     edits: tuple[tuple[Edit, float | None], ...]
-    sources: tuple[Source, ...]
+    sources: tuple[tuple[dict[str, Any], str, Source], ...]
 
     @classmethod
     def compose(cls, base: Tensor, edits: Sequence[Edit]) -> Self:
         """Compose, without a graph; what it is composed of is looked at before, so that a change meanwhile shows."""
         with torch.inference_mode(mode=False), torch.no_grad():
-            source = Source.of(base, small=False)
-            sources = tuple(Source.of(tensor, small=edit.is_small) for edit in edits for tensor in edit.parameters())
+            source = Source.of(base)
+            sources = tuple(
+                (held, name, Source.of(tensor))
+                for edit in edits
+                for held in (edit._parameters, edit._buffers)
+                for name, tensor in held.items()
+                if tensor is not None
+            )
             value = base
             for edit in edits:
                 value = edit(value)
@@ -77,8 +93,7 @@ class Composed:
         """Whether composing these again would give `value` again."""
         if self.value._version != self.version or self.edits != _named(edits) or not self.base.is_still(base):
             return False
-        tensors = [tensor for edit in edits for tensor in edit.parameters()]
-        return all(source.is_still(tensor) for source, tensor in zip(self.sources, tensors, strict=True))
+        return all(source.is_still(held[name]) for held, name, source in self.sources)
 
 
 def _named(edits: Sequence[Edit]) -> tuple[tuple[Edit, float | None], ...]:

@@ -40,7 +40,7 @@ class Layout:
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """[rows, columns] of a weight, or of a `right`, which has size 1 in the dimensions held; a view if it can."""
-        rows = tensor.shape[0] * math.prod(tensor.shape[d] for d in self.order[1 : self.split])
+        rows = tensor.shape[0] * math.prod([tensor.shape[d] for d in self.order[1 : self.split]])
         return tensor.permute(self.order).reshape(rows, -1)
 
     def tensor(self, matrix: Tensor, shape: torch.Size) -> Tensor:

@@ -1,5 +1,8 @@
 """What an adapter does to one tensor of one layer: a module that maps the tensor to its adapted value."""
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +25,12 @@ class Edit(nn.Module):
     def __init__(self, tensor: str) -> None:
         super().__init__()
         self.tensor = tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002  torch's
+        """As torch's, but memory formats, which are for weights, pass small tensors by: those may have any rank."""
+        small = self.is_small
+        super()._apply((lambda tensor: fn(tensor.flatten()).view(tensor.shape)) if small else fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 class LowRank(Edit):

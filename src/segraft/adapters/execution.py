@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from segraft.adapters.choosing import chain_is_cheaper
 from segraft.adapters.composing import compose
 from segraft.adapters.edits import Edit, LowRank
-from segraft.adapters.functions import AdaptedLayer, FrozenLayer, Plan
+from segraft.adapters.functions import NEXT_TO_ZERO, AdaptedLayer, FrozenLayer, Plan
 from segraft.adapters.grafted import adapted_tensor, base_tensor, grafts_of
 from segraft.adapters.kept import settle_last
 from segraft.adapters.operators import operator_of
@@ -41,7 +41,8 @@ _WAY: ContextVar[Way | None] = ContextVar("segraft_execution", default=None)
 def execution(way: Way | None) -> Iterator[None]:
     """Within the `with` block, execute every adapted layer that can be in this way; None: the cheapest.
 
-    Where a layer cannot (several trained edits on one weight, grouped convolutions, …) it stays `composed`.
+    Where a layer cannot (several trained edits on one weight, grouped convolutions, …) it stays `composed`. The
+    backward pass of recomputed activations belongs into the block too.
     """
     token = _WAY.set(way)
     try:
@@ -107,14 +108,16 @@ def _can_adapt(trained: Edit) -> bool:
 def _can_divide_by(edit: Edit) -> bool:
     """Whether t / m can be had: not where a channel of the magnitude is (next to) zero.
 
-    Looked at whenever the magnitude changes; on other devices than the CPU, where looking waits for the device, once.
+    On other devices than the CPU, where looking waits for the device, it is looked at once; a channel that becomes zero
+    later gets no gradient of its magnitude there as long as it is.
     """
     if not isinstance(edit, LowRank) or edit.m is None:
         return True
-    key = (edit.m.data_ptr(), edit.m._version if edit.m.device.type == "cpu" else None)
-    seen: tuple[Any, bool] | None = edit.__dict__.get("divisible")
-    if seen is None or seen[0] != key:
-        seen = key, bool(edit.m.detach().abs().min() > torch.finfo(torch.float32).eps ** 3)
+    if edit.m.device.type == "cpu":
+        return bool(edit.m.detach().abs().min() > NEXT_TO_ZERO)
+    seen: tuple[int, bool] | None = edit.__dict__.get("divisible")
+    if seen is None or seen[0] != edit.m.data_ptr():
+        seen = edit.m.data_ptr(), bool(edit.m.detach().abs().min() > NEXT_TO_ZERO)
         edit.__dict__["divisible"] = seen
     return seen[1]
 
@@ -149,6 +152,8 @@ def _run_adapted(layer: nn.Module, x: Tensor, before: Sequence[Edit], edit: LowR
         way = "chain" if chain_is_cheaper(operator, links, edit.rank, x, tuple(base.shape)) else "weight"
     if edit.m is not None and (operator.transposed or _saving_is_somebody_elses()):
         way = "weight"  # no output to keep: of a transposed layer it is the larger side, which no later layer keeps
+    if operator.transposed and not operator.has_adjoint():
+        way = "weight"
     # The matrices need no graph where only the chain takes gradients to the factors.
     with torch.set_grad_enabled(way == "weight" or edit.m is not None):
         update = edit.matrices()

@@ -89,19 +89,28 @@ class AdaptedLayer(torch.autograd.Function):
                 if bias is not None:
                     t = t - bias * (operator.channel_sum(g) if of_bias is None else of_bias)
                 t = t.to(m.dtype)
-                of_m = t / m
+                t = t / divisor(m)
+                of_m = t
                 update = Matrices(left, right, plan.held)
-                of_left, of_right = contract(weight.to(left.dtype), update, -t / (norm * m))
+                of_left, of_right = contract(weight.to(left.dtype), update, -t / norm)
         else:
             gradient = operator.weight_gradient(g, x, weight).to(left.dtype)
             if m is not None:
                 dims = [d for d in range(gradient.ndim) if d != plan.channel_dim]
-                t = (gradient * weight).sum(dims)
-                of_m = t / m
-                shrink = along(-t / (norm * m), gradient, plan.channel_dim)
+                of_m = (gradient * weight).sum(dims) / divisor(m)
+                shrink = along(-of_m / norm, gradient, plan.channel_dim)
                 gradient.mul_(along(m / norm, gradient, plan.channel_dim)).addcmul_(weight.to(gradient), shrink)
             of_left, of_right = contract(gradient, Matrices(left, right, plan.held))
         return None, of_x, of_bias, None, None, of_m, of_left, of_right, *of_kernels
+
+
+NEXT_TO_ZERO = torch.finfo(torch.float32).eps ** 3
+"""A magnitude that nothing can be divided by."""
+
+
+def divisor(m: Tensor) -> Tensor:
+    """The magnitudes [channels], where they are not next to zero; there y − b, and so t, is zero too."""
+    return torch.where(m.abs() > NEXT_TO_ZERO, m, 1.0)
 
 
 def chain_gradients(plan: Plan, g: Tensor, x: Tensor, kernels: Sequence[Tensor], gain: Tensor | None) -> list[Tensor]:

@@ -85,15 +85,17 @@ def adapted_tensor(layer: nn.Module, tensor: str) -> Tensor:
 
 
 def _can_be_kept(base: Tensor, edits: Sequence[Edit]) -> bool:
-    """Not what needs a gradient, nor what is not composed but somebody's own tensor, nor tensors without versions."""
-    tensors = [base, *(tensor for edit in edits for tensor in edit.parameters())]
+    """Not what needs a gradient, nor what is not composed but somebody's own tensor."""
     return not (
         isinstance(edits[-1], Replacement)
         or torch.compiler.is_compiling()
-        or any(tensor.is_inference() for tensor in tensors)
-        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         or torch._C._are_functorch_transforms_active()
+        or (torch.is_grad_enabled() and _is_differentiated(base, edits))
     )
+
+
+def _is_differentiated(base: Tensor, edits: Sequence[Edit]) -> bool:
+    return base.requires_grad or any(tensor.requires_grad for edit in edits for tensor in edit.parameters())
 
 
 def grafts_of(layer: nn.Module) -> LayerGrafts:

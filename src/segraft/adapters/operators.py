@@ -5,6 +5,7 @@ and g the gradient of its output.
 """
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
@@ -59,6 +60,10 @@ class Operator(Protocol):
         """[o] inner products of two things shaped like the output."""
         ...
 
+    def has_adjoint(self) -> bool:
+        """Whether the chain of a transposed operator can be had from its adjoint."""
+        ...
+
     def stage(self, stage: Stage, rank: int) -> "Operator":
         """The operator of one stage of the chain that stands for the weight (transposed: for its adjoint)."""
         ...
@@ -94,10 +99,17 @@ class Dense:
         """[o] inner products."""
         return (g * y).reshape(-1, g.shape[-1]).sum(0)
 
+    def has_adjoint(self) -> bool:
+        """It is its matrix's transpose."""
+        return True
+
     def stage(self, stage: Stage, rank: int) -> "Dense":  # noqa: ARG002
         """Every stage is a linear map."""
         return self
 
+
+LARGE = 1 << 23
+"""Of something this large no copy is made only to add it up."""
 
 FEW = 32
 """Up to so many channels times kernel positions on one side, the weight's gradient is a product of shifted copies."""
@@ -184,6 +196,10 @@ class Convolution:
             return 1
         return phases_for(x, x.shape[2] + 2 * self.padding[0] - kernel + 1, o, kernel)
 
+    def has_adjoint(self) -> bool:
+        """Whether the convolution that takes this one's output to its input's shape exists with the same geometry."""
+        return all(extra < step for extra, step in zip(self.output_padding, self.stride, strict=True))
+
     def _is_slow_depthwise(self, x: Tensor, weight: Tensor) -> bool:
         """A depthwise kernel in three dimensions with few channels, for which oneDNN has no fast code."""
         depthwise = weight.shape[1] == 1 and 1 < self.groups == weight.shape[0] <= LANES
@@ -226,7 +242,11 @@ class Convolution:
 
     def channel_dot(self, g: Tensor, y: Tensor) -> Tensor:
         """[o] inner products."""
-        return (g * y).sum((0, *range(2, g.ndim)))
+        if g.numel() < LARGE or not (g.is_contiguous() and y.is_contiguous()):
+            return (g * y).sum((0, *range(2, g.ndim)))
+        blocks = math.prod(g.shape[:2]) * math.gcd(math.prod(g.shape[2:]), 64)
+        parts = torch.bmm(g.view(blocks, 1, -1), y.view(blocks, -1, 1))
+        return parts.view(*g.shape[:2], -1).sum((0, 2))
 
     def stage(self, stage: Stage, rank: int) -> "Convolution":
         """With the geometry of the kernel modes that the stage holds; the others are of size 1 and do nothing.

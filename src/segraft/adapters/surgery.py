@@ -84,4 +84,4 @@ def refresh_class(layer: nn.Module) -> None:
     """Give the layer the class that its present adapters need."""
     base = base_class(layer)
     tensors = grafts_of(layer).edited() if is_grafted(layer) else frozenset()
-    layer.__class__ = grafted_class(base, tensors) if tensors else base
+    layer.__class__ = grafted_class(base, tensors) if is_grafted(layer) else base
