@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from segraft.adapters.edits import Edit
 
@@ -60,6 +61,7 @@ class Composed:
     Attributes:
         value: W.
         version: of `value`, in case somebody writes to it.
+        optimiser_steps: of any optimiser until then: fused ones write without counting a version.
         base: W0.
         edits: in the order in which they were applied, each with its scaling.
         sources: the tensors of the edits, with where each is held and under which name.
@@ -67,6 +69,7 @@ class Composed:
 
     value: Tensor
     version: int
+    optimiser_steps: int
     base: Source
     edits: tuple[tuple[Edit, float | None], ...]
     sources: tuple[tuple[dict[str, Any], str, Source], ...]
@@ -75,7 +78,7 @@ class Composed:
     def compose(cls, base: Tensor, edits: Sequence[Edit]) -> Self:
         """Compose, without a graph; what it is composed of is looked at before, so that a change meanwhile shows."""
         with torch.inference_mode(mode=False), torch.no_grad():
-            source = Source.of(base)
+            steps, source = _STEPS[0], Source.of(base)
             sources = tuple(
                 (held, name, Source.of(tensor))
                 for edit in edits
@@ -87,13 +90,28 @@ class Composed:
             for edit in edits:
                 value = edit(value)
             value = value.to(base.dtype)
-        return cls(value, value._version, source, _named(edits), sources)
+        return cls(value, value._version, steps, source, _named(edits), sources)
 
     def is_current(self, base: Tensor, edits: Sequence[Edit]) -> bool:
         """Whether composing these again would give `value` again."""
-        if self.value._version != self.version or self.edits != _named(edits) or not self.base.is_still(base):
+        if (
+            self.value._version != self.version
+            or self.optimiser_steps != _STEPS[0]
+            or self.edits != _named(edits)
+            or not self.base.is_still(base)
+        ):
             return False
         return all(source.is_still(held[name]) for held, name, source in self.sources)
+
+
+_STEPS = [0]
+
+
+def _count_step(*_: Any) -> None:
+    _STEPS[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 def _named(edits: Sequence[Edit]) -> tuple[tuple[Edit, float | None], ...]:

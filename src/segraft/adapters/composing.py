@@ -10,14 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from segraft.adapters.layers import WeightSlot
+from segraft.adapters.layers import WeightSlot, composing_dtype
 from segraft.adapters.narrow import correlation, wide_product
 from segraft.adapters.stages import Matrices
-
-
-def composing_dtype(dtype: torch.dtype) -> torch.dtype:
-    """At least float32: in bf16 the sum W0 + ΔW would lose a third of a small update."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,10 @@ def _is_training_as_usual(layer: nn.Module, x: Tensor, dims: int) -> bool:
     ):
         return False
     base = layer._parameters.get("weight")
+    if type(x) not in (Tensor, nn.Parameter) or any(
+        not isinstance(getattr(layer, name, ()), tuple | str) for name in ("stride", "padding", "dilation")
+    ):
+        return False  # such as MONAI's MetaTensor, which the layer itself hands on
     if base is None or base.requires_grad or not x.is_floating_point() or x.numel() == 0:
         return False
     if dims and x.ndim != dims + 2:
@@ -161,10 +165,11 @@ def _run_adapted(layer: nn.Module, x: Tensor, before: Sequence[Edit], edit: LowR
     with torch.no_grad():
         weight, norm = compose(base, update, edit.m, edit.slot, edit.magnitude_dim)
         weight = weight.to(x.dtype)
+    pair = (update.left, update.right) if way == "weight" or edit.m is not None else (None, None)
     stages = links.stages if way == "chain" else ()
     plan = Plan(operator, stages, edit.slot.channel_dim(edit.magnitude_dim), update.held)
     y: Tensor = AdaptedLayer.apply(  # type: ignore[no-untyped-call]
-        plan, x, _bias(layer, x), weight, norm, edit.m, update.left, update.right, *kernels
+        plan, x, _bias(layer, x), weight, norm, edit.m, *pair, *kernels
     )
     kept = getattr(y.grad_fn, "kept", None)
     if kept is not None:

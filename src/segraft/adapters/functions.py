@@ -45,8 +45,8 @@ class AdaptedLayer(torch.autograd.Function):
         weight: Tensor,
         norm: Tensor | None,
         m: Tensor | None,
-        left: Tensor,
-        right: Tensor,
+        left: Tensor | None,
+        right: Tensor | None,
         *kernels: Tensor,
     ) -> Tensor:
         """The layer's output.
@@ -78,19 +78,21 @@ class AdaptedLayer(torch.autograd.Function):
         operator = plan.operator
         needs = ctx.needs_input_grad
         of_x = operator.input_gradient(g, weight, x) if needs[1] else None
-        of_bias = operator.channel_sum(g) if needs[2] else None
+        sums = operator.channel_sum(g) if needs[2] or (bias is not None and plan.stages) else None
+        of_bias = sums.to(g.dtype) if sums is not None and needs[2] else None
         of_m = of_left = of_right = None
         of_kernels: Sequence[Tensor | None] = [None] * len(kernels)
-        if plan.stages and (ctx.kept is None or ctx.kept.is_valid()):
+        kept: Kept | None = ctx.kept
+        if kept is not None and not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.kept = None  # as autograd frees what it saved
+        if plan.stages and (m is None or (kept is not None and kept.is_valid(g))):
             gain = None if m is None else m / norm
             of_kernels = chain_gradients(plan, g, x, kernels, gain)
-            if m is not None:
-                t = operator.channel_dot(g, ctx.kept.y)
-                if bias is not None:
-                    t = t - bias * (operator.channel_sum(g) if of_bias is None else of_bias)
-                t = t.to(m.dtype)
-                t = t / divisor(m)
-                of_m = t
+            if m is not None and kept is not None:
+                t = operator.channel_dot(g, kept.y)
+                if bias is not None and sums is not None:
+                    t = t - bias * sums
+                of_m = t = t.to(m.dtype) / divisor(m)
                 update = Matrices(left, right, plan.held)
                 of_left, of_right = contract(weight.to(left.dtype), update, -t / norm)
         else:
@@ -159,4 +161,4 @@ class FrozenLayer(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         x = g.new_empty(1).expand(ctx.shape)
         of_x = ctx.operator.input_gradient(g, weight, x) if ctx.needs_input_grad[1] else None
-        return None, of_x, ctx.operator.channel_sum(g) if ctx.needs_input_grad[2] else None, None
+        return None, of_x, ctx.operator.channel_sum(g).to(g.dtype) if ctx.needs_input_grad[2] else None, None

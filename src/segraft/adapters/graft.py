@@ -188,6 +188,7 @@ def activate(net: nn.Module, names: str | Sequence[str] | None, *, train: str | 
     for _, layer in grafted_layers(net):
         grafts = grafts_of(layer)
         grafts.active = active
+        grafts.composed.clear()
         for name, edits in grafts.items():
             edits.requires_grad_(name in trainable)
 

@@ -89,6 +89,8 @@ def _can_be_kept(base: Tensor, edits: Sequence[Edit]) -> bool:
     return not (
         isinstance(edits[-1], Replacement)
         or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or (torch.is_grad_enabled() and _is_differentiated(base, edits))
     )

@@ -11,21 +11,24 @@ class Kept:
     """Shares memory with the output y of an adapted layer; `is_valid` tells whether Σ g·y can still be had from it.
 
     Saving y the usual way would make autograd refuse the ReLU in place that follows most convolutions, or cost a copy
-    of every activation. What ReLU leaves is as good as y: where it cuts y off, g is zero. So one ReLU in place is
-    allowed for, recognised in autograd's graph when the next adapted layer runs; anything else that was written to y
-    shows in its version.
+    of every activation. What ReLU leaves is as good as y if all of g comes through it: where it cuts y off, g is zero
+    then. So one ReLU in place is allowed for, recognised in autograd's graph when the next adapted layer runs, if in
+    the backward pass g is the very tensor that it hands down: another use of y, or a hook, would have made another one.
+    Anything else that was written to y shows in its version.
     """
 
     def __init__(self, y: Tensor) -> None:
         self.y = y.detach()  # shares the version counter; y itself would be a cycle with its own graph
         self.version = y._version
         self.output: weakref.ref[Tensor] | None = None
+        self.through_relu = False
+        self.handed_down: tuple[Tensor, int] | None = None
 
     def watch(self, output: Tensor) -> None:
         """The tensor that the layer returned, with its graph."""
         self.output = weakref.ref(output)
         self.version = output._version
-        _LAST.kept = self
+        _LAST.kept = weakref.ref(self)
 
     def settle(self) -> None:
         """Allow for one ReLU in place since."""
@@ -35,14 +38,32 @@ class Kept:
         done: Any = output.grad_fn
         if done.name() == "ReluBackward0" and getattr(done.next_functions[0][0], "kept", None) is self:
             self.version += 1
+            self.through_relu = True
+            me = weakref.ref(self)  # a hook lives as long as the graph
 
-    def is_valid(self) -> bool:
-        """Nothing else was written to y."""
-        return self.y._version == self.version
+            def remember(inputs: tuple[Tensor | None, ...], _outputs: tuple[Tensor | None, ...]) -> None:
+                kept, handed_down = me(), inputs[0]
+                if kept is not None and handed_down is not None:
+                    kept.handed_down = handed_down, handed_down._version
+
+            done.register_hook(remember)
+
+    def is_valid(self, g: Tensor) -> bool:
+        """Whether nothing else was written to y, and all of its gradient `g` came through the ReLU, if there is one."""
+        handed_down, self.handed_down = self.handed_down, None
+        if self.y._version != self.version:
+            return False
+        if not self.through_relu:
+            return True
+        return (
+            handed_down is not None
+            and handed_down[0].data_ptr() == g.data_ptr()
+            and handed_down[1] == handed_down[0]._version
+        )
 
 
 class _Last(threading.local):
-    kept: Kept | None = None
+    kept: weakref.ref[Kept] | None = None
 
 
 _LAST = _Last()
@@ -50,6 +71,7 @@ _LAST = _Last()
 
 def settle_last() -> None:
     """To be called when the next layer runs: what follows the last one in place has happened by then."""
-    if _LAST.kept is not None:
-        _LAST.kept.settle()
-        _LAST.kept = None
+    kept = None if _LAST.kept is None else _LAST.kept()
+    if kept is not None:
+        kept.settle()
+    _LAST.kept = None

@@ -10,6 +10,11 @@ from torch.nn.utils import parametrize
 from segraft.errors import SegraftError
 
 
+def composing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """At least float32: in bf16 the sum W0 + ΔW would lose a third of a small update."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 @dataclass(frozen=True)
 class WeightSlot:
     """One weight of a layer: its attribute name, that of its bias, and how its dimensions are to be read.

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from segraft.adapters.layers import composing_dtype
+
 Offset = tuple[int, ...]
 
 
@@ -69,13 +71,13 @@ def correlation(g: Tensor, x: Tensor) -> Tensor:
     """
     if g.shape[1] > x.shape[1]:
         return correlation(x, g).t()
-    n = g.shape[2]
+    n, dtype = g.shape[2], composing_dtype(g.dtype)
     blocks = math.gcd(n, 64)
     if n // blocks < 256:
-        return torch.bmm(g, x.transpose(1, 2)).sum(0)
-    total = g.new_zeros(g.shape[1], x.shape[1])
+        return torch.bmm(g, x.transpose(1, 2)).sum(0, dtype=dtype)
+    total = g.new_zeros(g.shape[1], x.shape[1], dtype=dtype)
     for each_g, each_x in zip(g, x, strict=True):
         block_g = each_g.view(each_g.shape[0], blocks, -1).permute(1, 0, 2)
         block_x = each_x.view(each_x.shape[0], blocks, -1).permute(1, 2, 0)
-        total += torch.bmm(block_g, block_x).sum(0)
+        total += torch.bmm(block_g, block_x).sum(0, dtype=dtype)
     return total

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from segraft.adapters.layers import composing_dtype
 from segraft.adapters.narrow import Offset, correlation, gather, opposite, pointwise
 from segraft.adapters.phases import (
     LANES,
@@ -93,11 +94,11 @@ class Dense:
 
     def channel_sum(self, g: Tensor) -> Tensor:
         """[o] sums."""
-        return g.reshape(-1, g.shape[-1]).sum(0)
+        return g.reshape(-1, g.shape[-1]).sum(0, dtype=composing_dtype(g.dtype))
 
     def channel_dot(self, g: Tensor, y: Tensor) -> Tensor:
         """[o] inner products."""
-        return (g * y).reshape(-1, g.shape[-1]).sum(0)
+        return (g * y).reshape(-1, g.shape[-1]).sum(0, dtype=composing_dtype(g.dtype))
 
     def has_adjoint(self) -> bool:
         """It is its matrix's transpose."""
@@ -224,12 +225,13 @@ class Convolution:
     def _is_pointwise(self, x: Tensor, weight: Tensor) -> bool:
         """Whether it is one matrix product over the memory of `x` as it lies."""
         plain = self.groups == 1 and not self.transposed and not any(self.padding) and max(self.stride) == 1
-        return plain and weight.shape[2:].numel() == 1 and x.is_contiguous()
+        return plain and weight.shape[2:].numel() == 1 and x.is_contiguous() and x.device.type == "cpu"
 
     def _is_narrow(self, wide: Tensor, weight: Tensor, channels: int) -> bool:
         """Whether the side with `channels` has few, and `wide`, the other side, can be read as it lies."""
         few = channels * weight.shape[2:].numel() <= FEW
-        return few and self.groups == 1 and not self.transposed and wide.is_contiguous()
+        plain = self.groups == 1 and not self.transposed
+        return few and plain and wide.is_contiguous() and wide.device.type == "cpu"
 
     def _offsets(self, weight: Tensor) -> list[Offset]:
         """Where each position of the kernel lies from the output's position."""
@@ -238,15 +240,15 @@ class Convolution:
 
     def channel_sum(self, g: Tensor) -> Tensor:
         """[o] sums."""
-        return g.sum((0, *range(2, g.ndim)))
+        return g.sum((0, *range(2, g.ndim)), dtype=composing_dtype(g.dtype))
 
     def channel_dot(self, g: Tensor, y: Tensor) -> Tensor:
         """[o] inner products."""
         if g.numel() < LARGE or not (g.is_contiguous() and y.is_contiguous()):
-            return (g * y).sum((0, *range(2, g.ndim)))
+            return (g * y).sum((0, *range(2, g.ndim)), dtype=composing_dtype(g.dtype))
         blocks = math.prod(g.shape[:2]) * math.gcd(math.prod(g.shape[2:]), 64)
         parts = torch.bmm(g.view(blocks, 1, -1), y.view(blocks, -1, 1))
-        return parts.view(*g.shape[:2], -1).sum((0, 2))
+        return parts.view(*g.shape[:2], -1).sum((0, 2), dtype=composing_dtype(g.dtype))
 
     def stage(self, stage: Stage, rank: int) -> "Convolution":
         """With the geometry of the kernel modes that the stage holds; the others are of size 1 and do nothing.

@@ -1,0 +1,102 @@
+"""An output that is kept for a magnitude's gradient, when the ReLU in place is not all that happens to it."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from segraft.adapters import AdapterSpec, graft
+from segraft.adapters import kept as kept_outputs
+from segraft.adapters.execution import execution
+from segraft.adapters.grafted import grafts_of
+
+
+class Net(nn.Module):
+    def __init__(self, use):
+        super().__init__()
+        self.first, self.second, self.use = nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1), use
+
+    def forward(self, x):
+        y = self.first(x)
+        beside = self.use(y)
+        return (self.second(y.relu_()) * torch.linspace(-1, 1, 8, dtype=x.dtype)).sum() + beside
+
+
+USES = {
+    "none": lambda y: 0.0,
+    "a sum beside": lambda y: y.sum(),
+    "twice": lambda y: (2 * y).sum(),
+    "copied": lambda y: (y.clone() * torch.linspace(0, 1, 8, dtype=y.dtype)).sum(),
+    "a hook": lambda y: y.register_hook(lambda g: g + 0.1) and 0.0,
+    "a hook in place": lambda y: y.register_hook(lambda g: g.add_(0.1)) and 0.0,
+}
+
+
+def gradients(net, x, way):
+    net.zero_grad()
+    with execution(way):
+        net(x).backward()
+    return {name: value.grad for name, value in net.named_parameters() if value.requires_grad}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("method", ["dora_c", "conv_dora"])
+def test_gradients_with_other_uses_of_the_output(use, method):
+    net = graft(Net(USES[use]).double(), AdapterSpec(method, rank=2))
+    with torch.no_grad():
+        for value in net.parameters():
+            value.add_(0.3 * torch.randn_like(value))
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    expected = gradients(net, x, "composed")
+    for way in ("weight", "chain", None):
+        found = gradients(net, x, way)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, msg=lambda text, at=(way, name): f"{at}: {text}")
+
+
+def test_only_the_magnitude_trained():
+    net = graft(Net(USES["none"]).double(), AdapterSpec("dora_c", rank=2))
+    for name, value in net.named_parameters():
+        value.requires_grad_(name.endswith(".m"))
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    expected, found = gradients(net, x, "composed"), gradients(net, x, "chain")
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+
+
+def test_outputs_are_freed_by_the_backward_pass_though_the_loss_is_held():
+    net, outputs = graft(Net(USES["none"]), AdapterSpec("dora_c", rank=2)), []
+    net.first.register_forward_hook(lambda _, __, y: outputs.append(y.untyped_storage()._weak_ref()))
+    with execution("chain"):
+        loss = net(torch.randn(2, 4, 8, 8))
+        assert not torch.UntypedStorage._expired(outputs[0])
+        loss.backward()
+    assert torch.UntypedStorage._expired(outputs[0])
+    torch.UntypedStorage._free_weak_ref(outputs[0])
+    assert loss.grad_fn is not None
+
+
+def test_nothing_holds_the_last_output():
+    net = graft(nn.Conv2d(4, 6, 3), AdapterSpec("dora_c", rank=2))
+    with execution("chain"):
+        y = net(torch.randn(2, 4, 8, 8))
+    watched = weakref.ref(kept_outputs._LAST.kept())
+    del y
+    gc.collect()
+    assert watched() is None
+
+
+def test_a_fused_optimiser_makes_evaluation_compose_anew(monkeypatch):
+    net = graft(nn.Conv2d(4, 6, 3), AdapterSpec("conv_lora", rank=2))
+    factors = [value for value in net.parameters() if value.requires_grad]
+    optimiser = torch.optim.AdamW(factors, lr=0.1, fused=True)
+    net(torch.randn(2, 4, 8, 8)).square().sum().backward()
+    with torch.no_grad():
+        before = net.weight
+        for source in grafts_of(net).composed["weight"].sources:
+            object.__setattr__(source[-1], "sample", None)  # as on other devices than the CPU
+        optimiser.step()
+        assert not torch.equal(net.weight, before)
