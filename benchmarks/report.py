@@ -3,6 +3,7 @@
 It reads `docs/results/performance-*.json`, and at the end puts `benchmarks/notes.md`, where there is one.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,23 @@ def page() -> str:
     results = committed()
     if not results:
         raise SegraftError(f"no {RESULTS}/performance-*.json: make one with `make bench` and put it there.")
-    return markdown(results, NOTES.read_text(encoding="utf-8") if NOTES.is_file() else "")
+    notes = NOTES.read_text(encoding="utf-8") if NOTES.is_file() else ""
+    return markdown(results, notes.replace("{PROFILE}", profile_table()))
+
+
+def profile_table() -> str:
+    """What `benchmarks.profiling` measured, in milliseconds of a step."""
+    path = ROOT / RESULTS / "profile-cpu.json"
+    if not path.is_file():
+        return ""
+    networks = json.loads(path.read_text(encoding="utf-8"))["networks"]
+    rows = [
+        (network, name, *(f"{value:.0f}" for value in row["milliseconds"].values()))
+        for network, variants in networks.items()
+        for name, row in variants.items()
+    ]
+    kinds = next(iter(next(iter(networks.values())).values()))["milliseconds"]
+    return table(("network", "variant", *kinds), rows)
 
 
 def main() -> None:

@@ -77,24 +77,18 @@ class AdaptedLayer(torch.autograd.Function):
         plan: Plan = ctx.plan
         operator = plan.operator
         needs = ctx.needs_input_grad
-        of_x = operator.input_gradient(g, weight, x) if needs[1] else None
         sums = operator.channel_sum(g) if needs[2] or (bias is not None and plan.stages) else None
         of_bias = sums.to(g.dtype) if sums is not None and needs[2] else None
         of_m = of_left = of_right = None
         of_kernels: Sequence[Tensor | None] = [None] * len(kernels)
-        kept: Kept | None = ctx.kept
-        if kept is not None and not torch._C._autograd._get_current_graph_task_keep_graph():
-            ctx.kept = None  # as autograd frees what it saved
-        if plan.stages and (m is None or (kept is not None and kept.is_valid(g))):
-            gain = None if m is None else m / norm
-            of_kernels = chain_gradients(plan, g, x, kernels, gain)
-            if m is not None and kept is not None:
-                t = operator.channel_dot(g, kept.y)
-                if bias is not None and sums is not None:
-                    t = t - bias * sums
-                of_m = t = t.to(m.dtype) / divisor(m)
-                update = Matrices(left, right, plan.held)
-                of_left, of_right = contract(weight.to(left.dtype), update, -t / norm)
+        t = magnitude_product(ctx, g, bias, sums) if m is not None and plan.stages else None
+        # Only now: the output may be gone, which counts at the peak of a step.
+        of_x = operator.input_gradient(g, weight, x) if needs[1] else None
+        if plan.stages and (m is None or t is not None):
+            of_kernels = chain_gradients(plan, g, x, kernels, None if m is None else m / norm)
+            if m is not None and t is not None:
+                of_m = t.to(m.dtype) / divisor(m)
+                of_left, of_right = contract(weight.to(left.dtype), Matrices(left, right, plan.held), -of_m / norm)
         else:
             gradient = operator.weight_gradient(g, x, weight).to(left.dtype)
             if m is not None:
@@ -104,6 +98,17 @@ class AdaptedLayer(torch.autograd.Function):
                 gradient.mul_(along(m / norm, gradient, plan.channel_dim)).addcmul_(weight.to(gradient), shrink)
             of_left, of_right = contract(gradient, Matrices(left, right, plan.held))
         return None, of_x, of_bias, None, None, of_m, of_left, of_right, *of_kernels
+
+
+def magnitude_product(ctx: Any, g: Tensor, bias: Tensor | None, sums: Tensor | None) -> Tensor | None:
+    """The t = Σ g·(y − b) [o] of a layer, from its kept output, which is let go; None where that is no longer y."""
+    kept: Kept | None = ctx.kept
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        ctx.kept = None  # as autograd frees what it saved
+    if kept is None or not kept.is_valid(g):
+        return None
+    t: Tensor = ctx.plan.operator.channel_dot(g, kept.y)
+    return t if bias is None or sums is None else t - bias * sums
 
 
 NEXT_TO_ZERO = torch.finfo(torch.float32).eps ** 3
