@@ -9,6 +9,7 @@ from torch import nn
 
 from segraft.adapters import AdapterSpec, graft
 from segraft.adapters import kept as kept_outputs
+from segraft.adapters.edits import LowRank
 from segraft.adapters.execution import execution
 from segraft.adapters.grafted import grafts_of
 
@@ -54,6 +55,34 @@ def test_gradients_with_other_uses_of_the_output(use, method):
         found = gradients(net, x, way)
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, msg=lambda text, at=(way, name): f"{at}: {text}")
+
+
+@pytest.mark.parametrize("way", ["weight", "chain", None])
+def test_a_linear_layer_on_something_that_lies_like_channels_last(way):
+    net = graft(nn.Sequential(nn.Linear(5, 6)).double(), AdapterSpec("dora", rank=2))
+    with torch.no_grad():
+        for value in net.parameters():
+            value.add_(0.3 * torch.randn_like(value))
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64).permute(0, 3, 1, 2)
+    assert x.movedim(1, -1).is_contiguous()
+
+    def found(how):
+        net.zero_grad()
+        with execution(how):
+            net(x).square().sum().backward()
+        return {name: value.grad for name, value in net.named_parameters() if value.requires_grad}
+
+    expected, mine = found("composed"), found(way)
+    for name, value in expected.items():
+        torch.testing.assert_close(mine[name], value)
+
+
+def test_the_weight_is_composed_once_a_step(monkeypatch):
+    calls = []
+    monkeypatch.setattr(LowRank, "forward", lambda *_: calls.append(1))  # what reading `weight` would run
+    net = graft(nn.Conv2d(4, 6, 3, padding="valid"), AdapterSpec("conv_lora", rank=2))
+    net(torch.randn(2, 4, 8, 8)).sum().backward()
+    assert not calls
 
 
 def test_only_the_magnitude_trained():

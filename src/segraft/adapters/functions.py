@@ -132,7 +132,9 @@ def chain_gradients(plan: Plan, g: Tensor, x: Tensor, kernels: Sequence[Tensor],
     if gain is not None:
         small[-1] = along(gain, small[-1], 0).to(g.dtype) * small[-1]
     # A kernel whose strides look like channels last would make torch copy the activations into that format.
-    memory = torch.contiguous_format if channels_first(entering) else CHANNELS_LAST[entering.ndim]
+    is_image = entering.ndim == small[0].ndim  # a linear layer's input may have any shape
+    last = is_image and not channels_first(entering)
+    memory = CHANNELS_LAST[entering.ndim] if last else torch.contiguous_format
     small = [kernel.contiguous(memory_format=memory) for kernel in small]
     inputs = [entering]
     for operator, kernel in zip(operators[:-1], small, strict=False):

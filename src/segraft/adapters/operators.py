@@ -308,7 +308,7 @@ def operator_of(layer: nn.Module, x: Tensor) -> tuple[Operator, Tensor]:
             mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
             x, padding = nn.functional.pad(x, around, mode=mode), (0,) * len(sides)
     elif padding == "valid":
-        padding = (0,) * (layer.weight.ndim - 2)
+        padding = (0,) * len(layer.kernel_size)  # not weight.ndim: to read the weight is to compose it
     return _convolution(
         layer.stride, tuple(padding), layer.dilation, layer.output_padding, layer.transposed, layer.groups
     ), x
