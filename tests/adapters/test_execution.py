@@ -15,7 +15,7 @@ from segraft.adapters import AdapterSpec, activate, graft
 from segraft.adapters.execution import execution
 from segraft.adapters.grafted import grafts_of
 
-WAYS = ["weight", "chain", None]
+WAYS = ["weight", "chain", "parallel", None]
 DTYPE = torch.float64
 
 

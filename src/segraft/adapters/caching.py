@@ -104,6 +104,14 @@ class Composed:
         return all(source.is_still(held[name]) for held, name, source in self.sources)
 
 
+@dataclass(frozen=True)
+class Derived:
+    """Something that one frozen tensor gives, such as its norm."""
+
+    source: Source
+    value: Tensor
+
+
 _STEPS = [0]
 
 

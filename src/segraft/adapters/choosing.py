@@ -1,4 +1,4 @@
-"""Which backward pass of a layer is cheaper, by a model of its operations and bytes.
+"""Which way of executing a layer is cheapest, by a model of its operations and bytes.
 
 Costs are in multiply-adds of a dense convolution. What the model has to tell apart differs by factors: a 3×3 layer of
 512 channels at rank 8 is ten times cheaper through the chain, one of a single input channel several times dearer.
@@ -6,6 +6,7 @@ Costs are in multiply-adds of a dense convolution. What the model has to tell ap
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor
 
@@ -24,8 +25,13 @@ LAUNCH = {"cpu": 3e6, "cuda": 1e8}
 """Of one call of a kernel, in multiply-adds."""
 
 
-def chain_is_cheaper(operator: Operator, chain: Chain, rank: int, x: Tensor, weight: tuple[int, ...]) -> bool:
-    """Whether the factors' gradients cost less through the chain than through the gradient of the whole weight.
+Way = Literal["weight", "chain", "parallel"]
+
+
+def cheapest(
+    operator: Operator, chain: Chain, rank: int, x: Tensor, weight: tuple[int, ...], *, magnitude: bool
+) -> list[Way]:
+    """The ways of executing a layer, cheapest first, by what they do not have in common.
 
     Args:
         operator: of the layer.
@@ -33,6 +39,7 @@ def chain_is_cheaper(operator: Operator, chain: Chain, rank: int, x: Tensor, wei
         rank: R.
         x: the layer's input.
         weight: shape of its weight.
+        magnitude: with one (DoRA).
     """
     model = _Model(x.device.type, x.element_size())
     o, i, *kernel = weight
@@ -46,9 +53,12 @@ def chain_is_cheaper(operator: Operator, chain: Chain, rank: int, x: Tensor, wei
             inside, outside = outside, outside * math.prod(operator.stride)
         x_points, g_points = batch * outside, batch * inside
     strided = x_points != g_points
-    whole = model.convolution(i, o, kernel, x_points, g_points, strided=strided)
-    # Formed, then read for each of the two matrices, whose products cost R per element each.
-    whole += math.prod(weight) * (3 * 4 * model.byte + 2 * rank)
+    # Passes over the weight: reading it is one, writing another two, and a product with the factors costs R per element.
+    one, product = math.prod(weight) * 4 * model.byte, math.prod(weight) * rank
+    composed = 3 * one + product + (3 * one if magnitude else 0)
+    formed = model.convolution(i, o, kernel, x_points, g_points, strided=strided) + 3 * one + 2 * product
+    contracted = 2 * one + 2 * product if magnitude else 0
+    beside = contracted + 3 * (i * x_points + o * g_points) * x.element_size() * model.byte * (2 if magnitude else 1)
     total, entering = 0.0, x_points
     for position, stage in enumerate(chain.stages):
         sizes = [size if mode in stage.kernel_modes else 1 for mode, size in enumerate(kernel)]
@@ -59,11 +69,18 @@ def chain_is_cheaper(operator: Operator, chain: Chain, rank: int, x: Tensor, wei
         if stage.depthwise:
             total += 3 * model.depthwise(rank, sizes, entering)
         else:
-            # The kernel's gradient, and either the chain's forward or its backward pass (between, both).
+            # The kernel's gradient, and either the chain's forward or its backward pass (between, or beside W0, both).
             passes = 2 if first or last else 3
-            total += passes * model.convolution(*channels, sizes, entering, leaving, strided=moves)
+            each = model.convolution(*channels, sizes, entering, leaving, strided=moves)
+            total += passes * each
+            beside += (3 - passes) * each
         entering = leaving
-    return total < whole
+    costs: dict[Way, float] = {
+        "weight": composed + formed + (3 * one if magnitude else 0),
+        "chain": composed + contracted + total,
+        "parallel": beside + total,
+    }
+    return sorted(costs, key=lambda way: costs[way])
 
 
 class _Model:

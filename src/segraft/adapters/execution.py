@@ -24,16 +24,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from segraft.adapters.choosing import chain_is_cheaper
-from segraft.adapters.composing import compose
+from segraft.adapters.caching import Derived, Source
+from segraft.adapters.choosing import cheapest
+from segraft.adapters.composing import channel_norm, compose
 from segraft.adapters.edits import Edit, LowRank
 from segraft.adapters.functions import NEXT_TO_ZERO, AdaptedLayer, FrozenLayer, Plan
 from segraft.adapters.grafted import adapted_tensor, base_tensor, grafts_of
 from segraft.adapters.kept import settle_last
-from segraft.adapters.operators import operator_of
+from segraft.adapters.layers import composing_dtype
+from segraft.adapters.operators import Operator, operator_of
+from segraft.adapters.parallel import ParallelLayer
 from segraft.adapters.stages import chain
 
-Way = Literal["composed", "weight", "chain"]
+Way = Literal["composed", "weight", "chain", "parallel"]
 _WAY: ContextVar[Way | None] = ContextVar("segraft_execution", default=None)
 
 
@@ -145,33 +148,55 @@ def _run_frozen(layer: nn.Module, x: Tensor) -> Tensor:
 
 def _run_adapted(layer: nn.Module, x: Tensor, before: Sequence[Edit], edit: LowRank) -> Tensor:
     operator, x = operator_of(layer, x)
-    base = base_tensor(layer, "weight")
+    base = own = base_tensor(layer, "weight")
     grafts_of(layer).composed.pop("weight", None)  # of an evaluation before
     with torch.no_grad():
         for each in before:
             base = each(base)
-    links = chain(edit.contraction)
-    way = _WAY.get()
-    if way is None:
-        way = "chain" if chain_is_cheaper(operator, links, edit.rank, x, tuple(base.shape)) else "weight"
-    if edit.m is not None and (operator.transposed or _saving_is_somebody_elses()):
-        way = "weight"  # no output to keep: of a transposed layer it is the larger side, which no later layer keeps
-    if operator.transposed and not operator.has_adjoint():
-        way = "weight"
+    links, wanted = chain(edit.contraction), _WAY.get()
+    ways = cheapest(operator, links, edit.rank, x, tuple(base.shape), magnitude=edit.m is not None)
+    ways = ways if wanted is None else [wanted, *ways]
+    way = next(way for way in ways if _is_possible(way, operator, edit, x, base, is_own=base is own))
+    in_graph = way == "weight" or edit.m is not None
     # The matrices need no graph where only the chain takes gradients to the factors.
-    with torch.set_grad_enabled(way == "weight" or edit.m is not None):
+    with torch.set_grad_enabled(in_graph):
         update = edit.matrices()
-    kernels = links.kernels(edit.scaled_factors()) if way == "chain" else []
-    with torch.no_grad():
-        weight, norm = compose(base, update, edit.m, edit.slot, edit.magnitude_dim)
-        weight = weight.to(x.dtype)
-    pair = (update.left, update.right) if way == "weight" or edit.m is not None else (None, None)
-    stages = links.stages if way == "chain" else ()
-    plan = Plan(operator, stages, edit.slot.channel_dim(edit.magnitude_dim), update.held)
-    y: Tensor = AdaptedLayer.apply(  # type: ignore[no-untyped-call]
-        plan, x, _bias(layer, x), weight, norm, edit.m, *pair, *kernels
-    )
+    pair = (update.left, update.right) if in_graph else (None, None)
+    stages = links.stages if way != "weight" else ()
+    kernels = links.kernels(edit.scaled_factors()) if stages else []
+    plan = Plan(operator, stages, edit.slot, edit.magnitude_dim, update.held)
+    y: Tensor
+    if way == "parallel":
+        norm = None if edit.m is None else _norm_of(layer, base.detach(), edit)
+        y = ParallelLayer.apply(plan, x, _bias(layer, x), base.detach(), norm, edit.m, *pair, *kernels)  # type: ignore[no-untyped-call]
+    else:
+        with torch.no_grad():
+            weight, norm = compose(base, update, edit.m, edit.slot, edit.magnitude_dim)
+            weight = weight.to(x.dtype)
+        y = AdaptedLayer.apply(plan, x, _bias(layer, x), weight, norm, edit.m, *pair, *kernels)  # type: ignore[no-untyped-call]
     kept = getattr(y.grad_fn, "kept", None)
     if kept is not None:
         kept.watch(y)
     return y
+
+
+def _is_possible(way: Way, operator: Operator, edit: LowRank, x: Tensor, base: Tensor, *, is_own: bool) -> bool:
+    if way == "weight":
+        return True
+    if edit.m is not None and _saving_is_somebody_elses():
+        return False  # no output to keep
+    if operator.transposed:
+        # With a magnitude the output kept would be the larger side, which no later layer keeps.
+        return way == "chain" and edit.m is None and operator.has_adjoint()
+    # In bf16 another sum would be rounded than in the merged weight.
+    return way == "chain" or (is_own and x.dtype == base.dtype == composing_dtype(base.dtype))
+
+
+def _norm_of(layer: nn.Module, base: Tensor, edit: LowRank) -> Tensor:
+    """‖W0‖ [o], looked at once."""
+    kept = grafts_of(layer).derived.get("weight")
+    if kept is None or not kept.source.is_still(base):
+        with torch.inference_mode(mode=False), torch.no_grad():
+            kept = Derived(Source.of(base), channel_norm(base, edit.slot, edit.magnitude_dim))
+        grafts_of(layer).derived["weight"] = kept
+    return kept.value

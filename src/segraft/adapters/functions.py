@@ -10,11 +10,10 @@ from torch.autograd.function import once_differentiable
 
 from segraft.adapters.composing import along, channels_first, contract
 from segraft.adapters.kept import Kept
+from segraft.adapters.layers import WeightSlot
 from segraft.adapters.operators import Operator
+from segraft.adapters.passing import CHANNELS_LAST, Pass
 from segraft.adapters.stages import Matrices, Stage
-
-CHANNELS_LAST = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -23,14 +22,21 @@ class Plan:
     Attributes:
         operator: the layer's arithmetic.
         stages: of the chain; empty when the gradient of the whole weight is formed.
-        channel_dim: dimension of the weight that carries the magnitude.
+        slot: of the weight.
+        magnitude_dim: of the spec.
         held: of the two matrices, see `Matrices`.
     """
 
     operator: Operator
     stages: tuple[Stage, ...]
-    channel_dim: int
+    slot: WeightSlot
+    magnitude_dim: int | None
     held: tuple[int, ...]
+
+    @property
+    def channel_dim(self) -> int:
+        """Dimension of the weight that carries the magnitude."""
+        return self.slot.channel_dim(self.magnitude_dim)
 
 
 class AdaptedLayer(torch.autograd.Function):
@@ -90,14 +96,28 @@ class AdaptedLayer(torch.autograd.Function):
                 of_m = t.to(m.dtype) / divisor(m)
                 of_left, of_right = contract(weight.to(left.dtype), Matrices(left, right, plan.held), -of_m / norm)
         else:
-            gradient = operator.weight_gradient(g, x, weight).to(left.dtype)
-            if m is not None:
-                dims = [d for d in range(gradient.ndim) if d != plan.channel_dim]
-                of_m = (gradient * weight).sum(dims) / divisor(m)
-                shrink = along(-of_m / norm, gradient, plan.channel_dim)
-                gradient.mul_(along(m / norm, gradient, plan.channel_dim)).addcmul_(weight.to(gradient), shrink)
-            of_left, of_right = contract(gradient, Matrices(left, right, plan.held))
+            of_m, of_left, of_right = gradients_through_weight(plan, g, x, weight, norm, m, left, right)
         return None, of_x, of_bias, None, None, of_m, of_left, of_right, *of_kernels
+
+
+def gradients_through_weight(
+    plan: Plan,
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    norm: Tensor | None,
+    m: Tensor | None,
+    left: Tensor,
+    right: Tensor,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Of the magnitudes and of the two matrices, by forming that of the whole weight W."""
+    gradient, of_m = plan.operator.weight_gradient(g, x, weight).to(left.dtype), None
+    if m is not None and norm is not None:
+        dims = [d for d in range(gradient.ndim) if d != plan.channel_dim]
+        of_m = (gradient * weight).sum(dims) / divisor(m)
+        shrink = along(-of_m / norm, gradient, plan.channel_dim)
+        gradient.mul_(along(m / norm, gradient, plan.channel_dim)).addcmul_(weight.to(gradient), shrink)
+    return of_m, *contract(gradient, Matrices(left, right, plan.held))
 
 
 def magnitude_product(ctx: Any, g: Tensor, bias: Tensor | None, sums: Tensor | None) -> Tensor | None:
@@ -126,27 +146,8 @@ def chain_gradients(plan: Plan, g: Tensor, x: Tensor, kernels: Sequence[Tensor],
     Of a transposed convolution they are those of the convolution that is its adjoint, which maps g to x.
     """
     entering, leaving = (g, x) if plan.operator.transposed else (x, g)
-    rank = kernels[0].shape[0]
-    operators = [plan.operator.stage(stage, rank) for stage in plan.stages]
-    small = [kernel.to(g.dtype) for kernel in kernels]
-    if gain is not None:
-        small[-1] = along(gain, small[-1], 0).to(g.dtype) * small[-1]
-    # A kernel whose strides look like channels last would make torch copy the activations into that format.
-    is_image = entering.ndim == small[0].ndim  # a linear layer's input may have any shape
-    last = is_image and not channels_first(entering)
-    memory = CHANNELS_LAST[entering.ndim] if last else torch.contiguous_format
-    small = [kernel.contiguous(memory_format=memory) for kernel in small]
-    inputs = [entering]
-    for operator, kernel in zip(operators[:-1], small, strict=False):
-        inputs.append(operator.through(inputs[-1], kernel))
-    gradients: list[Tensor] = []
-    for operator, kernel, entered in zip(reversed(operators), reversed(small), reversed(inputs), strict=True):
-        gradients.append(operator.weight_gradient(leaving, entered, kernel).to(kernels[0].dtype))
-        if entered is not entering:
-            leaving = operator.input_gradient(leaving, kernel, entered)
-    if gain is not None:
-        gradients[0] = along(gain, gradients[0], 0) * gradients[0]
-    return gradients[::-1]
+    run = Pass.of(plan.operator, plan.stages, kernels, entering, gain)
+    return run.gradients(leaving, run.inputs(entering))[0]
 
 
 class FrozenLayer(torch.autograd.Function):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segraft.adapters.caching import Composed
+from segraft.adapters.caching import Composed, Derived
 from segraft.adapters.edits import Edit, Replacement
 
 ATTRIBUTE = "segraft"
@@ -28,10 +28,11 @@ class LayerGrafts(nn.ModuleDict):
         super().__init__()
         self.active: tuple[str, ...] = ()
         self.composed: dict[str, Composed] = {}
+        self.derived: dict[str, Derived] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what can be composed again."""
-        return {**self.__dict__, "composed": {}}
+        """Without what can be computed again."""
+        return {**self.__dict__, "composed": {}, "derived": {}}
 
     def edits(self, name: str) -> dict[str, Edit]:
         """What adapter `name` does to this layer, by key; empty where it leaves the layer alone."""

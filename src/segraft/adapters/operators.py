@@ -61,6 +61,10 @@ class Operator(Protocol):
         """[o] inner products of two things shaped like the output."""
         ...
 
+    def over_channels(self, values: Tensor) -> Tensor:
+        """[o] shaped to be broadcast over the output."""
+        ...
+
     def has_adjoint(self) -> bool:
         """Whether the chain of a transposed operator can be had from its adjoint."""
         ...
@@ -99,6 +103,10 @@ class Dense:
     def channel_dot(self, g: Tensor, y: Tensor) -> Tensor:
         """[o] inner products."""
         return (g * y).reshape(-1, g.shape[-1]).sum(0, dtype=composing_dtype(g.dtype))
+
+    def over_channels(self, values: Tensor) -> Tensor:
+        """[o], as it is."""
+        return values
 
     def has_adjoint(self) -> bool:
         """It is its matrix's transpose."""
@@ -249,6 +257,10 @@ class Convolution:
         blocks = math.prod(g.shape[:2]) * math.gcd(math.prod(g.shape[2:]), 64)
         parts = torch.bmm(g.view(blocks, 1, -1), y.view(blocks, -1, 1))
         return parts.view(*g.shape[:2], -1).sum((0, 2), dtype=composing_dtype(g.dtype))
+
+    def over_channels(self, values: Tensor) -> Tensor:
+        """[o] shaped to be broadcast over the output."""
+        return values.view(-1, *(1 for _ in self.stride))
 
     def stage(self, stage: Stage, rank: int) -> "Convolution":
         """With the geometry of the kernel modes that the stage holds; the others are of size 1 and do nothing.
