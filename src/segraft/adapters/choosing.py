@@ -53,7 +53,7 @@ def cheapest(
             inside, outside = outside, outside * math.prod(operator.stride)
         x_points, g_points = batch * outside, batch * inside
     strided = x_points != g_points
-    # Passes over the weight: reading it is one, writing another two, and a product with the factors costs R per element.
+    # Passes over the weight: reading it is one, writing another two; products with the factors cost R per element.
     one, product = math.prod(weight) * 4 * model.byte, math.prod(weight) * rank
     composed = 3 * one + product + (3 * one if magnitude else 0)
     formed = model.convolution(i, o, kernel, x_points, g_points, strided=strided) + 3 * one + 2 * product

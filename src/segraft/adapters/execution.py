@@ -1,15 +1,17 @@
 """How an adapted layer is executed: forward with the composed weight, backward to the factors.
 
-Three ways, with the same result:
+Four ways, with the same result up to rounding:
 
     composed   W = compose(W0, factors) is part of autograd's graph: the reference, for every layer and every edit
     weight     one function: the gradient of the whole weight is formed, then contracted to the factors
     chain      one function: the factors' gradients come from the activations, through the chain of small convolutions
-               that ΔW stands for (`stages`); nothing of the size of the weight is formed
+               that ΔW stands for (`stages`); no gradient of the size of the weight is formed
+    parallel   as chain, and the chain runs beside the frozen weight in the forward pass too: W itself is never formed
 
-The last two serve one trained low-rank edit on a linear or convolution layer of torch's own. Forward is one
-convolution with W in all of them, and the gradient of the input goes through W. `choosing` takes the cheaper one;
-`execution` overrides that. With a magnitude (DoRA) the gradient of V that reaches the factors is
+All but the first serve one trained low-rank edit on a linear or convolution layer of torch's own. In the first three,
+forward is one convolution with W, the bits of the merged layer, and the gradient of the input goes through W.
+`choosing` takes the cheapest; `execution` overrides that. With a magnitude (DoRA) the gradient of V that reaches the
+factors is
 
     dL/dV = γ dL/dW − t / (n m) · W        γ = m / n,  n = ‖V‖,  dL/dm = t / m,  t = ⟨dL/dW, W⟩ per output channel
 
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from segraft.adapters.caching import Derived, Source
-from segraft.adapters.choosing import cheapest
+from segraft.adapters.choosing import Way, cheapest
 from segraft.adapters.composing import channel_norm, compose
 from segraft.adapters.edits import Edit, LowRank
 from segraft.adapters.functions import NEXT_TO_ZERO, AdaptedLayer, FrozenLayer, Plan
@@ -36,12 +38,12 @@ from segraft.adapters.operators import Operator, operator_of
 from segraft.adapters.parallel import ParallelLayer
 from segraft.adapters.stages import chain
 
-Way = Literal["composed", "weight", "chain", "parallel"]
-_WAY: ContextVar[Way | None] = ContextVar("segraft_execution", default=None)
+AnyWay = Literal["composed"] | Way
+_WAY: ContextVar[AnyWay | None] = ContextVar("segraft_execution", default=None)
 
 
 @contextmanager
-def execution(way: Way | None) -> Iterator[None]:
+def execution(way: AnyWay | None) -> Iterator[None]:
     """Within the `with` block, execute every adapted layer that can be in this way; None: the cheapest.
 
     Where a layer cannot (several trained edits on one weight, grouped convolutions, …) it stays `composed`. The
@@ -155,7 +157,8 @@ def _run_adapted(layer: nn.Module, x: Tensor, before: Sequence[Edit], edit: LowR
             base = each(base)
     links, wanted = chain(edit.contraction), _WAY.get()
     ways = cheapest(operator, links, edit.rank, x, tuple(base.shape), magnitude=edit.m is not None)
-    ways = ways if wanted is None else [wanted, *ways]
+    if wanted is not None and wanted != "composed":
+        ways = [wanted, *ways]
     way = next(way for way in ways if _is_possible(way, operator, edit, x, base, is_own=base is own))
     in_graph = way == "weight" or edit.m is not None
     # The matrices need no graph where only the chain takes gradients to the factors.

@@ -15,6 +15,7 @@ from segraft.adapters.operators import Operator
 from segraft.adapters.passing import CHANNELS_LAST, Pass
 from segraft.adapters.stages import Matrices, Stage
 
+
 @dataclass(frozen=True)
 class Plan:
     """Of one call of one layer.

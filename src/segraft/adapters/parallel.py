@@ -4,8 +4,11 @@ What it saves are passes over the weight, which are what counts where a layer ha
 ΔW = left right as matrices, the norm n in γ = m / n takes one such pass, as does its gradient:
 
     n² = ‖W0‖² + Σ left · (H + E) per output channel        H = W0 rightᵀ,  E = (W0 + ΔW) rightᵀ = H + left right rightᵀ
+
+Where ΔW nearly cancels W0, n has fewer digits than the composed weight's; an update so large is no longer small.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +24,7 @@ from segraft.adapters.stages import Matrices
 
 
 def norm_of_sum(base: Tensor, base_norm: Tensor, update: Matrices) -> tuple[Tensor, Tensor]:
-    """n = ‖W0 + ΔW‖ [o] and E [o·F, ρ]; n is ‖W0‖ bit for bit where ΔW is zero.
+    """The norm n = ‖W0 + ΔW‖ [o] and E [o·F, ρ]; n is ‖W0‖ bit for bit where ΔW is zero.
 
     Args:
         base: W0 [o, i, *kernel].
@@ -106,8 +109,9 @@ class ParallelLayer(torch.autograd.Function):
         t = None if m is None else magnitude_product(ctx, g, bias, sums)
         scaled = g if m is None else g * operator.over_channels(m / norm)
         run = Pass.of(operator, plan.stages, kernels, inputs[0])
+        of_kernels: Sequence[Tensor | None]
         of_kernels, of_x = run.gradients(scaled, inputs, of_entering=needs[1])
-        if needs[1]:
+        if of_x is not None:
             of_x = operator.input_gradient(scaled, base, inputs[0]).add_(of_x)
         of_m = of_left = of_right = None
         if m is not None and t is not None:
