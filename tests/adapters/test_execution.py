@@ -281,7 +281,8 @@ def test_the_override_ends_with_its_block():
 
 
 def test_nothing_else_knows_how_layers_are_executed():
-    room = {"execution", "functions", "choosing", "operators", "narrow", "stages", "kept", "phases"}
+    room = {"execution", "functions", "parallel", "passing", "choosing", "composing", "operators", "narrow", "stages"}
+    room |= {"kept", "phases", "caching"}
     source = Path(segraft.__file__).parent
     for path in source.rglob("*.py"):
         if path.parent.name == "adapters":

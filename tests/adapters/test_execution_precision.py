@@ -10,7 +10,7 @@ from segraft.adapters import AdapterSpec, graft
 from segraft.adapters.execution import execution
 from segraft.networks import UNet
 
-WAYS = ["composed", "weight", "chain", None]
+WAYS = ["composed", "weight", "chain", "parallel", None]
 METHODS = ["conv_lora", "lora_c", "cp_lora", "dora_c", "conv_dora", "cp_dora"]
 LAYERS = {
     "linear": (lambda: nn.Linear(12, 20), (2, 30, 12)),

@@ -138,7 +138,7 @@ def test_what_follows_in_place(follower, method, last):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             one_pass(net, image(), "chain")
         return
-    for way in ("chain", "weight", None):
+    for way in ("chain", "parallel", "weight", None):
         assert_equal(one_pass(net, image(), way), expected)
 
 
@@ -164,7 +164,7 @@ def test_residual_sums_and_a_layer_that_is_used_twice(relu_first):
     torch.manual_seed(0)
     net = adapt(Residual(relu_first=relu_first))
     expected = one_pass(net, image(), "composed")
-    for way in ("chain", "weight", None):
+    for way in ("chain", "parallel", "weight", None):
         assert_equal(one_pass(net, image(), way), expected)
 
 
@@ -239,7 +239,7 @@ def test_backward_twice_and_accumulation():
     assert_equal(gradients(net), {name: value + second[name] for name, value in first.items()})
 
 
-@pytest.mark.parametrize("way", ["chain", "weight"])
+@pytest.mark.parametrize("way", ["chain", "parallel", "weight"])
 def test_factors_that_change_between_forward_and_backward(way):
     """As of any other layer: an error or the gradients of what was computed, never those of a mixture."""
     net, x = build(nn.ReLU(inplace=True)), image()
@@ -261,7 +261,7 @@ def test_factors_that_change_between_forward_and_backward(way):
             value.div_(2)
 
 
-@pytest.mark.parametrize("way", ["composed", "weight", "chain"])
+@pytest.mark.parametrize("way", ["composed", "weight", "chain", "parallel"])
 def test_recomputation_frees_the_outputs_that_are_kept(way):
     """Keeping them beside the tensors that autograd saves would defeat it."""
 

@@ -157,12 +157,12 @@ def test_layers_on_images_of_real_size(make, shape, method):
         net[0].segraft["default"]["weight"].B.normal_()
     x = draw(*shape).requires_grad_()
     found = {}
-    for way in ("composed", "weight", "chain"):
+    for way in ("composed", "weight", "chain", "parallel"):
         net.zero_grad()
         x.grad = None
         with execution(way):
             net(x).square().mean().backward()
         found[way] = [x.grad, *(value.grad for value in net.parameters() if value.requires_grad)]
-    for way in ("weight", "chain"):
+    for way in ("weight", "chain", "parallel"):
         for value, expected in zip(found[way], found["composed"], strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)

@@ -51,13 +51,13 @@ def test_gradients_with_other_uses_of_the_output(use, method):
             value.add_(0.3 * torch.randn_like(value))
     x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
     expected = gradients(net, x, "composed")
-    for way in ("weight", "chain", None):
+    for way in ("weight", "chain", "parallel", None):
         found = gradients(net, x, way)
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, msg=lambda text, at=(way, name): f"{at}: {text}")
 
 
-@pytest.mark.parametrize("way", ["weight", "chain", None])
+@pytest.mark.parametrize("way", ["weight", "chain", "parallel", None])
 def test_a_linear_layer_on_something_that_lies_like_channels_last(way):
     net = graft(nn.Sequential(nn.Linear(5, 6)).double(), AdapterSpec("dora", rank=2))
     with torch.no_grad():

@@ -165,7 +165,7 @@ def test_parts_alone_are_trained_with_the_right_gradients(spec, memory_format):
 
     expected = gradients("composed")
     assert set(expected) == {name for name, value in net.named_parameters() if value.requires_grad}
-    for way in ("weight", "chain", None):
+    for way in ("weight", "chain", "parallel", None):
         for name, value in gradients(way).items():
             torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-11)
 
