@@ -23,7 +23,9 @@ MAY_IMPORT = {
     "inference": GROUND,
     "training": GROUND | {"adapters", "networks", "data"},
     "jobs": GROUND | {"adapters", "networks", "data", "evaluation", "inference", "training"},
-    "cli": GROUND | {"adapters", "networks", "data", "evaluation", "inference", "training", "jobs", "allocation"},
+    "studies": GROUND | {"adapters", "networks", "data", "evaluation", "training", "jobs", "allocation"},
+    "cli": GROUND
+    | {"adapters", "networks", "data", "evaluation", "inference", "training", "jobs", "allocation", "studies"},
 }
 """Room -> rooms it may import, beside itself."""
 

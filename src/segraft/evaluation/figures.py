@@ -86,7 +86,7 @@ def comparison_figure(
     for x, side, align in ((0.03, "R", "left"), (0.97, "L", "right")):
         mark = axes[0].text(x, 0.97, side, transform=axes[0].transAxes, ha=align, va="top", color="white")
         mark.set(fontsize=9, path_effects=[withStroke(linewidth=2, foreground="black")])
-    return _png(figure)
+    return png(figure)
 
 
 def dice_figure(scores: Mapping[str, Sequence[float]], *, ylabel: str = "Dice") -> bytes:
@@ -145,7 +145,7 @@ def dice_figure(scores: Mapping[str, Sequence[float]], *, ylabel: str = "Dice") 
     ax.spines[["top", "right", "bottom"]].set_visible(False)
     ax.spines["left"].set_color(_GRID)
     ax.tick_params(length=0, labelsize=9, labelcolor=_INK)
-    return _png(figure)
+    return png(figure)
 
 
 def _panels(
@@ -268,6 +268,25 @@ def _values(*label_maps: Array) -> list[int]:
     return sorted({int(value) for labels in label_maps for value in np.unique(labels[labels != 0])})
 
 
+def figure_of(width: float, height: float, *, left: float, below: float, above: float) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes; everything in inches."""
+    figure = _figure(width, height)
+    ax = figure.add_axes((left / width, below / height, 1 - (left + 0.15) / width, 1 - (below + above) / height))
+    return figure, ax
+
+
+def finished_axes(ax: Axes, *, xlabel: str, ylabel: str, title: str) -> None:
+    """Lines, letters and colours as in all figures."""
+    ax.set_xlabel(xlabel, color=_INK, parse_math=False)
+    ax.set_ylabel(ylabel, color=_INK, parse_math=False)
+    ax.set_title(title, fontsize=11, weight="bold", color=_INK, loc="left", parse_math=False)
+    ax.grid(color=_GRID, linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(_GRID)
+    ax.tick_params(length=0, labelsize=9, labelcolor=_INK)
+
+
 def _spread(values: Array) -> Array:
     """Sideways offsets that keep near-equal scores apart and are the same in every run."""
     turns = values.argsort(kind="stable").argsort(kind="stable") * 0.6180339887  # golden ratio: even, never periodic
@@ -280,7 +299,8 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The file of a figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

@@ -97,7 +97,7 @@ def adapt(
     *,
     spec: AdapterSpec | None = None,
     labels: Sequence[str] = (),
-    shots: int | None = None,
+    shots: int | Sequence[str] | None = None,
     preparation: Preparation | Mapping[str, Any] | None = None,
     settings: TrainingSettings | None = None,
     patient_pattern: str | None = None,
@@ -113,7 +113,8 @@ def adapt(
         out: folder to write to.
         spec: what to graft; None means `AdapterSpec("dora_c")`.
         labels: numbers or names; none means all of the cohort.
-        shots: patients to draw, of those that did not train the base where there are enough; None means all.
+        shots: patients to draw, of those that did not train the base where there are enough; or the ids of the cases
+            to take; None means all.
         preparation: of the scans, whole or only the fields that differ from the base's.
         settings: of the training; None means the defaults, changed as `ADAPTING` says.
         patient_pattern: regular expression whose first group, searched in a case's id, is the patient.

@@ -43,7 +43,7 @@ def pretrain(
     network_arguments: Mapping[str, Any] | None = None,
     weights: str | Path | None = None,
     labels: Sequence[str] = (),
-    cases: int | None = None,
+    cases: int | Sequence[str] | None = None,
     preparation: Preparation | Mapping[str, Any] | None = None,
     settings: TrainingSettings | None = None,
     patient_pattern: str | None = None,
@@ -60,7 +60,7 @@ def pretrain(
         network_arguments: further keyword arguments of the network.
         weights: to start from; None starts from random weights.
         labels: numbers or names; none means all of the cohort.
-        cases: patients to draw; None means all.
+        cases: patients to draw, or the ids of the cases to take; None means all.
         preparation: of the scans, whole or only the fields that differ from the defaults; the patch size is chosen
             from the data where it is not given.
         settings: of the training.

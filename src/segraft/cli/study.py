@@ -1,0 +1,64 @@
+"""`segraft study run` and `segraft study show`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from segraft.allocation import keep_freed_memory
+from segraft.cli.app import err, show_frame, show_json, show_line, show_notes
+
+study = typer.Typer(help="Studies: grids of adaptations, each trained once, and their report.", add_completion=False)
+
+
+@study.command()
+def run(
+    name: Annotated[str, typer.Argument(help="A study that comes with Segraft (sah, smoke), or a .yaml file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the study; started again, it goes on there.")],
+    data: Annotated[Path | None, typer.Option(help="dataset.json of the cohort to adapt to.")] = None,
+    pretrain_data: Annotated[Path | None, typer.Option(help="dataset.json that the bases learn from.")] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray (a cluster; its address in RAY_ADDRESS).")] = "local",
+    workers: Annotated[int, typer.Option(min=1, help="Runs at a time (ray: per machine).")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+) -> None:
+    """Run a study; what is finished is not done again.
+
+    Example: `segraft study run sah --data cohort/dataset.json --pretrain-data tbi/dataset.json --out study`
+    """
+    from segraft.studies.report import write_study_report
+    from segraft.studies.running import run_study
+    from segraft.studies.spec import read_study
+
+    keep_freed_memory()
+    read = read_study(name)
+    given = {"data": data, "pretrain_data": pretrain_data}
+    read = read.model_copy(update={field: path for field, path in given.items() if path is not None})
+    result = run_study(read, out, engine=engine, workers=workers, device=device, console=err)
+    report = write_study_report(out)
+    show_notes([f"run {key} failed: {reason}" for key, reason in result.failures.items()])
+    show_line(f"{report}: {result.done} runs done, {result.before} before, {len(result.failures)} failed")
+    if result.failures:
+        raise typer.Exit(1)
+
+
+@study.command()
+def show(
+    folder: Annotated[Path, typer.Argument(help="Folder of a study.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, for programs.")] = False,
+) -> None:
+    """Show the tables of a study as far as it is, and write its report anew.
+
+    Example: `segraft study show study`
+    """
+    from segraft.studies.report import as_json as everything
+    from segraft.studies.report import results_of, tables_of, write_study_report
+
+    scores, judgement = results_of(folder)
+    report = write_study_report(folder)
+    if as_json:
+        show_json(everything(scores, judgement))
+        return
+    for caption, frame in tables_of(scores, judgement)[:-1]:
+        show_frame(frame, caption)
+    show_notes([*scores.plan.study.notes, *judgement.notes, *scores.failures.values()])
+    show_line(str(report))

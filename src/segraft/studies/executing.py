@@ -1,0 +1,121 @@
+"""Doing one run: training it, from where it was left, and testing it."""
+
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from segraft.adapters import AdapterSpec
+from segraft.data.cohort import Cohort
+from segraft.data.nifti import write_mask
+from segraft.errors import SegraftError
+from segraft.evaluation.results import CaseResult, save_results
+from segraft.jobs.adapting import adapt
+from segraft.jobs.evaluating import measure
+from segraft.jobs.locating import ADAPTER_FILE
+from segraft.jobs.model import load_model
+from segraft.jobs.pretraining import pretrain
+from segraft.jobs.run_folder import versions
+from segraft.networks.bases import FILE_NAME
+from segraft.studies.run import FAILED, FINISHED, Outcome, Run, is_finished, locked, write_json
+from segraft.training.settings import check_settings
+
+MASKS = "masks"
+CHECKPOINT = "last.ckpt"
+
+
+def execute(folder: Path) -> Outcome:
+    """Do the run of a folder, unless it is finished.
+
+    Never raises for what goes wrong in the run itself: the reason is written to the folder, and the other runs go on.
+
+    Raises:
+        SegraftError: the folder is of no run.
+    """
+    run = Run.read(folder)
+    with locked(folder):
+        if is_finished(folder):
+            return Outcome(run.key)
+        (folder / FAILED).unlink(missing_ok=True)
+        started = time.perf_counter()
+        try:
+            result = _pretrain(run, folder) if run.kind == "pretrain" else _adapt(run, folder)
+        except Exception as error:  # noqa: BLE001  whatever it is, the other runs must go on
+            reason = str(error) if isinstance(error, SegraftError) else f"{type(error).__name__}: {error}"
+            reason = " ".join(reason.split())
+            write_json(folder / FAILED, {"reason": reason, "traceback": traceback.format_exc()})
+            return Outcome(run.key, time.perf_counter() - started, reason)
+        seconds = time.perf_counter() - started
+        write_json(folder / FINISHED, {**result, "seconds": seconds, "versions": versions()})
+        return Outcome(run.key, seconds)
+
+
+def _pretrain(run: Run, folder: Path) -> dict[str, Any]:
+    asked = run.identity
+    if not (folder / FILE_NAME).is_file():
+        pretrain(
+            run.data,
+            folder,
+            network=asked["network"],
+            network_arguments=asked["arguments"],
+            labels=list(asked["labels"]),
+            cases=run.train,
+            preparation=asked["preparation"],
+            settings=check_settings(**asked["settings"]),
+            patient_pattern=run.patient_pattern,
+            resume=(folder / CHECKPOINT).is_file(),
+        )
+    return {"trained": None}
+
+
+def _adapt(run: Run, folder: Path) -> dict[str, Any]:
+    asked, base = run.identity, folder.parent / str(run.base)
+    if not is_finished(base):
+        raise SegraftError(f"its base, run {run.base}, is not finished: see what went wrong there.")
+    result: dict[str, Any] = {"trained": 0, "bytes": 0, "training": None}
+    model = base / FILE_NAME
+    if run.train:
+        model = folder / ADAPTER_FILE
+        if not model.is_file():
+            adapt(
+                base,
+                run.data,
+                folder,
+                spec=AdapterSpec.from_dict(asked["spec"]),
+                labels=list(asked["labels"]),
+                shots=run.train,
+                preparation=asked["preparation"],
+                settings=check_settings(**asked["settings"]),
+                patient_pattern=run.patient_pattern,
+                resume=(folder / CHECKPOINT).is_file(),
+            )
+        record = load_record(model)
+        result = {
+            "trained": record["trainable_parameters"],
+            "bytes": model.stat().st_size,
+            "training": record["training"],
+        }
+    save_results(_test(run, model, folder), folder, record={"run": run.key, "identity": dict(asked)})
+    return result
+
+
+def load_record(adapter: Path) -> dict[str, Any]:
+    """What an adapter file says of its training."""
+    from segraft.adapters import read_header
+
+    return dict(read_header(adapter).record)
+
+
+def _test(run: Run, path: Path, folder: Path) -> list[CaseResult]:
+    """Segment the test cases on their own grids, keep the masks, and measure them."""
+    cohort = Cohort.read(run.data, patient_pattern=run.patient_pattern)
+    cases = {case.id: case for case in cohort.cases}
+    labels = cohort.select_labels(list(run.identity["labels"]))
+    model = replace(load_model(path), labels=labels)
+    results: list[CaseResult] = []
+    for name in run.test:
+        mask, scan = model.segment(cases[name].image, device=run.identity["settings"]["device"])
+        results += measure(cases[name], mask, labels)
+        write_mask(mask, scan, folder / MASKS / f"{name}.nii.gz")
+    return results

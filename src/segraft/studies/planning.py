@@ -1,0 +1,234 @@
+"""From a study and its cohorts to the runs it takes."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Self
+
+from rich.console import Console
+
+from segraft.data.cohort import Case, Cohort
+from segraft.data.splits import draw, folds
+from segraft.errors import SegraftError
+from segraft.jobs.watching import watched
+from segraft.studies.run import Run, Runs, write_json
+from segraft.studies.spec import Arm, Arms, Base, Study, arms_of
+from segraft.training.settings import check_settings
+from segraft.training.strategies import selectors
+
+FORMAT = 1
+"""Of the identity of a run: raised when the same identity comes to mean something else."""
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run and its place in the study.
+
+    Attributes:
+        key: of the run.
+        arm: name of the arm; of a base, its own name.
+        held_out: folds that it did not train on; empty for a base.
+        seed: of the training.
+        base: key of the run of its base; None for a base itself.
+    """
+
+    key: str
+    arm: str
+    held_out: tuple[int, ...] = ()
+    seed: int = 0
+    base: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All runs of a study, bases first.
+
+    Attributes:
+        study: the study.
+        arms: name -> arm, in the study's order.
+        runs: bases first.
+        folds: patient -> fold.
+        patients: case -> patient.
+    """
+
+    study: Study
+    arms: dict[str, Arm]
+    runs: tuple[Planned, ...]
+    folds: dict[str, int]
+    patients: dict[str, str]
+
+    def write(self, path: Path) -> None:
+        """As JSON."""
+        content = {
+            "study": self.study.model_dump(mode="json"),
+            "runs": [asdict(run) for run in self.runs],
+            "folds": self.folds,
+            "patients": self.patients,
+        }
+        write_json(path, content)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Of the file that `write` wrote.
+
+        Raises:
+            SegraftError: there is none.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SegraftError(f"{path.parent} holds no study: give the folder that `study run` wrote.") from error
+        study = Study.model_validate(content["study"])
+        runs = tuple(Planned(**{**run, "held_out": tuple(run["held_out"])}) for run in content["runs"])
+        return cls(study, _by_name(study), runs, content["folds"], content["patients"])
+
+
+def plan(study: Study, runs: Runs, *, device: str = "auto", console: Console | None = None) -> Plan:
+    """Draw patients and folds, and put every run that the study takes into its folder.
+
+    Args:
+        study: with its cohorts.
+        runs: where the folders of the runs are.
+        device: `auto`, `cpu`, `cuda`, `mps`.
+        console: for progress; None is silent.
+
+    Raises:
+        SegraftError: a cohort is missing or cannot be read, has too few patients, or no such label.
+    """
+    if study.data is None or study.pretrain_data is None:
+        missing = "--data" if study.data is None else "--pretrain-data"
+        raise SegraftError(f"the study {study.name} names no cohort for {missing}: give one.")
+    cohort = Cohort.read(study.data, patient_pattern=study.patient_pattern)
+    patients = len({case.patient for case in cohort.cases})
+    cases = draw(cohort.cases, study.patients or patients, seed=study.split_seed)
+    digests = _Digests(console)
+    split = [held for _, held in folds(cases, study.folds, seed=study.split_seed)]
+    target = _Target(cohort, cohort.select_labels(study.labels), cases, digests, split)
+    planned = []
+    bases: dict[str, str] = {}
+    for name, base in study.bases.items():
+        run = _base(study, base, {digests.image(case) for case in cases}, device, digests)
+        runs.add(run)
+        bases[name] = run.key
+        planned.append(Planned(run.key, name, seed=run.identity["settings"]["seed"]))
+    for arms in study.arms:
+        for arm in arms_of(arms):
+            for seed, held_out in _trainings(study, arm):
+                run = target.run(study, arms, arm, bases[arm.base], seed, held_out, device)
+                runs.add(run)
+                planned.append(Planned(run.key, arm.name, held_out, seed, run.base))
+    return Plan(
+        study,
+        _by_name(study),
+        tuple(planned),
+        {case.patient: fold for fold, held in enumerate(split) for case in held},
+        {case.id: case.patient for case in cases},
+    )
+
+
+def _by_name(study: Study) -> dict[str, Arm]:
+    return {arm.name: arm for arms in study.arms for arm in arms_of(arms)}
+
+
+def _trainings(study: Study, arm: Arm) -> list[tuple[int, tuple[int, ...]]]:
+    """(seed, folds held out) of every training of an arm.
+
+    Each fold alone; and, to choose a rank without it, each pair: what is trained without j and k tells, on j, which
+    rank to take for k, and on k, which to take for j.
+    """
+    if arm.trains_nothing:
+        return [(0, tuple(range(study.folds)))]
+    held: list[tuple[int, ...]] = [(fold,) for fold in range(study.folds)]
+    if study.nested and arm.rank is not None:
+        held += combinations(range(study.folds), 2)
+    return [(seed, out) for seed in study.seeds for out in held if len(out) < study.folds]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The cohort that the bases are adapted to."""
+
+    cohort: Cohort
+    labels: Mapping[int, str]
+    cases: Sequence[Case]
+    digests: "_Digests"
+    split: Sequence[Sequence[Case]]
+
+    def run(
+        self, study: Study, arms: Arms, arm: Arm, base: str, seed: int, held_out: tuple[int, ...], device: str
+    ) -> Run:
+        """One adaptation, tested on the folds it did not train on."""
+        test = {case.id for fold in held_out for case in self.split[fold]}
+        train = [] if arm.trains_nothing else sorted(case.id for case in self.cases if case.id not in test)
+        settings = study.settings(arms.training, seed=seed).model_copy(update={"device": device})
+        identity = {
+            "format": FORMAT,
+            "kind": "adapt",
+            "base": base,
+            "spec": None if arm.trains_nothing else arm.spec(selectors([arm.strategy])).to_dict(),
+            "labels": {str(value): name for value, name in self.labels.items()},
+            "preparation": study.preparation,
+            "settings": {"device": device} if arm.trains_nothing else settings.model_dump(mode="json"),
+            "train": {case.id: self.digests.of(case) for case in self.cases if case.id in set(train)},
+            "test": {case.id: self.digests.of(case) for case in self.cases if case.id in test},
+        }
+        where, pattern = str(self.cohort.path.resolve()), self.cohort.patient_pattern
+        return Run("adapt", identity, where, pattern, tuple(train), tuple(sorted(test)), base)
+
+
+def _base(study: Study, base: Base, taken: set[str], device: str, digests: "_Digests") -> Run:
+    """The pre-training of one base, on patients none of whose scans is in the study itself."""
+    assert study.pretrain_data is not None  # noqa: S101
+    cohort = Cohort.read(study.pretrain_data, patient_pattern=study.patient_pattern)
+    served = {case.patient for case in digests.watched(cohort.cases) if digests.image(case) in taken}
+    free = [case for case in cohort.cases if case.patient not in served]
+    count = base.patients or len({case.patient for case in free})
+    if not free:
+        raise SegraftError(f"every patient of {cohort.path} is in the study: pre-train on others, or draw fewer.")
+    cases = sorted(draw(free, count, seed=study.split_seed), key=lambda case: case.id)
+    labels = cohort.select_labels(study.pretrain_labels)
+    settings = check_settings(**base.training).model_copy(update={"device": device})
+    identity = {
+        "format": FORMAT,
+        "kind": "pretrain",
+        "network": base.network,
+        "arguments": base.arguments,
+        "labels": {str(value): name for value, name in labels.items()},
+        "preparation": study.preparation,
+        "settings": settings.model_dump(mode="json"),
+        "train": {case.id: digests.of(case) for case in cases},
+    }
+    return Run(
+        "pretrain", identity, str(cohort.path.resolve()), study.patient_pattern, tuple(case.id for case in cases)
+    )
+
+
+class _Digests:
+    """What cases are recognised by, each read once."""
+
+    def __init__(self, console: Console | None) -> None:
+        self.watched = watched("fingerprinting scans", console)
+        self._images: dict[Path, str] = {}
+        self._labels: dict[Path, str] = {}
+
+    def image(self, case: Case) -> str:
+        """Of the voxels of its image."""
+        if case.image not in self._images:
+            self._images[case.image] = case.digest()
+        return self._images[case.image]
+
+    def of(self, case: Case) -> str:
+        """Of its image and its label file."""
+        if case.label is None:
+            raise SegraftError(f'the case {case.id} ({case.image}) has no label: add a "label" to its entry.')
+        if case.label not in self._labels:
+            try:
+                self._labels[case.label] = hashlib.sha256(case.label.read_bytes()).hexdigest()[:16]
+            except OSError as error:
+                raise SegraftError(f"the label {case.label} cannot be read ({error.strerror}): add it.") from error
+        return f"{self.image(case)}-{self._labels[case.label]}"

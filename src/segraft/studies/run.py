@@ -1,0 +1,122 @@
+"""One training of a study, and its folder, which is named by the content of what was asked for."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from segraft.atomic import replacing
+from segraft.errors import SegraftError
+
+REQUEST, FINISHED, FAILED, LOCK = "request.json", "finished.json", "failed.json", "lock"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training is to do, complete in itself: a process on another machine needs nothing else.
+
+    Attributes:
+        kind: `pretrain` makes a base; `adapt` makes an adapter and tests it.
+        identity: everything that the result depends on; its digest names the folder. Scans are in it by their content.
+        data: `dataset.json`.
+        patient_pattern: that its patients are told by.
+        train: ids of the cases to train on; empty where nothing is trained.
+        test: ids of the cases to test on.
+        base: the key of the run that makes the base.
+    """
+
+    kind: Literal["pretrain", "adapt"]
+    identity: Mapping[str, Any]
+    data: str
+    patient_pattern: str | None
+    train: tuple[str, ...]
+    test: tuple[str, ...] = ()
+    base: str | None = None
+
+    @property
+    def key(self) -> str:
+        """The first 16 hex digits of the SHA-256 of the identity."""
+        text = json.dumps(self.identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The run that a folder is of.
+
+        Raises:
+            SegraftError: the folder holds none.
+        """
+        try:
+            content = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
+            return cls(**{**content, "train": tuple(content["train"]), "test": tuple(content["test"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise SegraftError(f"{folder} holds no run of a study: give one of the folders under runs/.") from error
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run went.
+
+    Attributes:
+        key: of the run.
+        seconds: that it took; None where it was finished before.
+        failure: the reason; None if it is finished.
+    """
+
+    key: str
+    seconds: float | None = None
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The folder that holds the folders of all runs."""
+
+    path: Path
+    _made: set[str] = field(default_factory=set, compare=False)
+
+    def folder(self, key: str) -> Path:
+        """Of one run."""
+        return self.path / key
+
+    def add(self, run: Run) -> Path:
+        """The run's folder, made if it is new."""
+        folder = self.folder(run.key)
+        if run.key not in self._made:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / REQUEST, asdict(run))
+            self._made.add(run.key)
+        return folder
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run needs no more doing."""
+    return (folder / FINISHED).is_file()
+
+
+def failure_of(folder: Path) -> str | None:
+    """Why the last try failed, if it did."""
+    path = folder / FAILED
+    return str(json.loads(path.read_text(encoding="utf-8"))["reason"]) if path.is_file() else None
+
+
+def write_json(path: Path, content: object) -> None:
+    """Strict JSON, whole or not at all."""
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Wait until no other process works in the folder, then keep others out.
+
+    The lock goes with the process, so a killed one leaves none behind; a worker that outlives its study is waited for.
+    """
+    import fcntl
+
+    with (folder / LOCK).open("a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield

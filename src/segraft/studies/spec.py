@@ -1,0 +1,244 @@
+"""A study as data: what a YAML file says, checked as a whole before anything runs."""
+
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from segraft.adapters import AdapterSpec
+from segraft.errors import SegraftError
+from segraft.training.settings import TrainingSettings, check_settings
+from segraft.training.strategies import STRATEGIES, selectors
+
+BEST_STRATEGY = "best strategy"
+"""As a reference of the statistics: of the arms without an adapter, the one with the highest mean Dice."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Base(_Part):
+    """A network, and how it is pre-trained.
+
+    Attributes:
+        network: a key of `segraft.networks.NETWORKS`, or `package.module:Class`.
+        arguments: of the network.
+        patients: of the pre-training cohort to draw; None means all that are not in the study itself.
+        training: settings of the pre-training (`TrainingSettings`).
+    """
+
+    network: str
+    arguments: dict[str, Any] = {}
+    patients: int | None = Field(default=None, ge=1)
+    training: dict[str, Any] = {}
+
+
+class Arms(_Part):
+    """Adaptations of one base: every method at every rank, with every strategy.
+
+    Attributes:
+        base: a key of the study's bases.
+        methods: presets of `AdapterSpec`; `none` adds no factors.
+        ranks: of the methods.
+        strategies: what is trained whole beside the factors (`STRATEGIES`).
+        adapter: further fields of `AdapterSpec`, such as `targets` or `bias`.
+        training: settings that differ from the study's.
+    """
+
+    base: str
+    methods: tuple[str, ...] = ("none",)
+    ranks: tuple[int, ...] = (8,)
+    strategies: tuple[str, ...] = ("none",)
+    adapter: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+
+
+class Study(_Part):
+    """What is compared, on whom, and how it is judged.
+
+    Attributes:
+        name: of the study.
+        title: of its report.
+        about: the question, in a sentence or two.
+        notes: what a reader must know, such as that the scans are phantoms.
+        data: `dataset.json` of the cohort to adapt to; relative to the study's file.
+        labels: of it; none means all.
+        patient_pattern: regular expression whose first group, searched in a case's id, is the patient.
+        patients: of it to draw; None means all.
+        pretrain_data: `dataset.json` that the bases learn from. Where it is the same cohort, patients of the study
+            never pre-train.
+        pretrain_labels: of that.
+        folds: of the cross-validation, by patient.
+        seeds: of the trainings: everything is done once with each.
+        split_seed: of the draw of patients and of the folds.
+        preparation: of the scans, fields of `Preparation`.
+        bases: by name.
+        arms: what is compared.
+        training: settings of every adaptation (`TrainingSettings`).
+        nested: also choose each method's rank inside the training folds, which takes n(n − 1)/2 more trainings per
+            method and rank, for n folds.
+        reference: what methods are tested against: the name of an arm, or `best strategy`.
+        strata_ml: upper ends of the strata of annotated volume in mL, or `tertiles`.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    title: str
+    about: str = ""
+    notes: tuple[str, ...] = ()
+    data: Path | None = None
+    labels: tuple[str, ...] = ()
+    patient_pattern: str | None = None
+    patients: int | None = Field(default=None, ge=2)
+    pretrain_data: Path | None = None
+    pretrain_labels: tuple[str, ...] = ()
+    folds: int = Field(default=3, ge=2)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    split_seed: int = Field(default=0, ge=0)
+    preparation: dict[str, Any] = {}
+    bases: dict[str, Base] = Field(min_length=1)
+    arms: tuple[Arms, ...] = Field(min_length=1)
+    training: dict[str, Any] = {}
+    nested: bool = True
+    reference: str = BEST_STRATEGY
+    strata_ml: tuple[float, ...] | Literal["tertiles"] = (25, 50, 100, 300)
+
+    @field_validator("strata_ml")
+    @classmethod
+    def _rising(cls, ends: tuple[float, ...] | str) -> tuple[float, ...] | str:
+        if not isinstance(ends, str) and (list(ends) != sorted(set(ends)) or not ends or ends[0] <= 0):
+            raise ValueError("give rising volumes above 0 mL, or tertiles")
+        return ends
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        for arms in self.arms:
+            if arms.base not in self.bases:
+                raise ValueError(f"arms of base {arms.base!r}: the study has the bases {', '.join(self.bases)}")
+            for strategy in arms.strategies:
+                if strategy.lower() not in STRATEGIES:
+                    raise ValueError(f"unknown strategy {strategy!r}: choose among {', '.join(STRATEGIES)}")
+            self.settings(arms.training, seed=0)
+            for arm in arms_of(arms):
+                arm.spec(selectors([arm.strategy]))
+        for base in self.bases.values():
+            check_settings(**base.training)
+        names = [arm.name for arms in self.arms for arm in arms_of(arms)]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"the arm {min(twice)!r} is there twice: each must have a name of its own")
+        return self
+
+    def settings(self, changes: Mapping[str, Any], *, seed: int) -> TrainingSettings:
+        """Of one adaptation."""
+        return check_settings(**{**self.training, **changes, "seed": seed})
+
+
+class Arm(_Part):
+    """One adaptation of one base: what the study compares.
+
+    Attributes:
+        base: name of the base.
+        method: preset of `AdapterSpec`, or `none`.
+        rank: None without a method.
+        strategy: what is trained whole.
+        adapter: further fields of `AdapterSpec`.
+        training: settings that differ from the study's.
+    """
+
+    base: str
+    method: str
+    rank: int | None
+    strategy: str
+    adapter: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+
+    @property
+    def family(self) -> str:
+        """The name without the rank: what a rank is chosen for."""
+        parts = [part for part in (self.method, self.strategy) if part != "none"]
+        return f"{' + '.join(parts) or 'none'} ({self.base})"
+
+    @property
+    def name(self) -> str:
+        """Such as `dora_c 64 (unet)`."""
+        return self.family if self.rank is None else self.family.replace(" (", f" {self.rank} (", 1)
+
+    @property
+    def trains_nothing(self) -> bool:
+        """The base as it is."""
+        return self.method == "none" and self.strategy == "none"
+
+    def spec(self, train: tuple[str, ...]) -> AdapterSpec:
+        """Of the adapter."""
+        rank = {} if self.rank is None else {"rank": self.rank}
+        return AdapterSpec(self.method, **{**rank, **self.adapter, "train": train})
+
+
+def arms_of(arms: Arms) -> list[Arm]:
+    """Every combination."""
+    return [
+        Arm(
+            base=arms.base,
+            method=method,
+            rank=rank,
+            strategy=strategy.lower(),
+            adapter=arms.adapter,
+            training=arms.training,
+        )
+        for method in arms.methods
+        for strategy in arms.strategies
+        for rank in (arms.ranks if method != "none" else (None,))
+    ]
+
+
+def shipped() -> tuple[str, ...]:
+    """Names of the studies that come with the package."""
+    return tuple(sorted(path.name.removesuffix(".yaml") for path in files(__package__).joinpath("library").iterdir()))
+
+
+def read_study(name: str | Path) -> Study:
+    """A study that comes with the package, by name, or of a YAML file.
+
+    Raises:
+        SegraftError: neither, not YAML, or a value that does not fit; the message names it.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        folder = path.parent
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise SegraftError(f"the study {path} cannot be read ({error.strerror}): give a YAML file.") from error
+    elif str(name) in shipped():
+        folder = Path.cwd()
+        text = files(__package__).joinpath("library", f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        raise SegraftError(f"there is no study {str(name)!r}: choose {', '.join(shipped())}, or give a .yaml file.")
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SegraftError(f"the study {name} is not YAML ({' '.join(str(error).split())}): correct it.") from error
+    study = checked(content, name)
+    located = {
+        field: folder / value for field in ("data", "pretrain_data") if (value := getattr(study, field)) is not None
+    }
+    return study.model_copy(update=located)
+
+
+def checked(content: object, name: str | Path) -> Study:
+    """The study that these values make.
+
+    Raises:
+        SegraftError: one sentence on the first value that does not fit.
+    """
+    try:
+        return Study.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        raise SegraftError(f"the study {name}{place and f', {place}'}: {reason}.") from error
