@@ -42,6 +42,7 @@ def pretrain(refused, work, tmp_path):
         (("--targets", r"nowhere\..*"), ["nowhere", "decoder"]),
         (("--exclude", "attic"), ["attic", "decoder"]),
         (("--train", "attic"), ["attic", "decoder"]),
+        (("--train", "shallow"), ["shallow", "UNet", "decoder"]),
         (("--recompute", "attic"), ["attic", "decoder"]),
         (("--recompute", "decoder", "--recompute", r"encoder\.[0"), ["encoder", "not a valid regular expression"]),
         (("--rank", "0"), ["rank", "0", "at least 1"]),

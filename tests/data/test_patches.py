@@ -32,9 +32,9 @@ def source(cases, *, patch=(6, 6, 6), labels=(1, 2), seed=0, **options) -> Patch
 
 
 @pytest.mark.parametrize("patch", [(6, 6, 6), (6, 5, 1), (20, 6, 13)])
-@pytest.mark.parametrize("augment", [False, True])
-def test_shapes(case, patch, augment):
-    item = source([case], patch=patch, patches_per_volume=3, augment=augment)[0, 0]
+@pytest.mark.parametrize("augmentation", ["none", "standard", "elastic"])
+def test_shapes(case, patch, augmentation):
+    item = source([case], patch=patch, patches_per_volume=3, augmentation=augmentation)[0, 0]
     assert item["image"].shape == (3, 1, *patch)
     assert item["label"].shape == (3, 2, *patch)
     assert item["image"].dtype == item["label"].dtype == torch.float32
@@ -49,7 +49,7 @@ def places(image: torch.Tensor) -> np.ndarray:
 
 
 def test_unaugmented_patches_are_cut_from_the_volume(case, tmp_path):
-    item = source([case], augment=False, patches_per_volume=8)[0, 0]
+    item = source([case], augmentation="none", patches_per_volume=8)[0, 0]
     label = np.zeros(SHAPE)
     label[3:5, 4:6, 2:4] = 1
     label[9:13, 8:11, 6:9] = 2
@@ -77,7 +77,7 @@ def test_foreground_fraction(write_case, fraction):
 
 
 def test_every_voxel_is_reached_and_labels_weigh_alike(case):
-    patches = source([case], patch=(1, 1, 1), augment=False, patches_per_volume=400)
+    patches = source([case], patch=(1, 1, 1), augmentation="none", patches_per_volume=400)
     items = [patches[epoch, 0] for epoch in range(120)]
     planes = torch.cat([item["label"] for item in items]).sum(dim=(0, 2, 3, 4))
     assert planes.sum() == 120 * 200
@@ -90,12 +90,12 @@ def test_every_voxel_is_reached_and_labels_weigh_alike(case):
 
 @pytest.mark.parametrize("value", [0, 1])
 def test_all_background_or_all_foreground(write_case, value):
-    patches = source([write_case("a", coded(), np.full(SHAPE, value, np.uint8))], labels=[1], augment=False)
+    patches = source([write_case("a", coded(), np.full(SHAPE, value, np.uint8))], labels=[1], augmentation="none")
     assert (patches[0, 0]["label"] == value).all()
 
 
 def test_small_volumes_are_padded_with_zeros(case):
-    item = source([case], patch=(18, 12, 13), augment=False)[0, 0]
+    item = source([case], patch=(18, 12, 13), augmentation="none")[0, 0]
     image = item["image"][0, 0].numpy()
     np.testing.assert_allclose(image[2:-2, :, 1:-2], coded(), atol=1e-6)
     image[2:-2, :, 1:-2] = 0
@@ -176,7 +176,7 @@ def test_mirrored_axes(case, orientation, flip_axes, expected):
 def test_turns_are_rotations_in_millimetres(patch, spacing):
     spacing = np.array(spacing)
     rng = np.random.default_rng(0)
-    drawn = [Augmentation(()).turn(patch, spacing, rng) for _ in range(400)]
+    drawn = [Augmentation(()).warp(patch, spacing, rng) for _ in range(400)]
     turns = [turn for turn in drawn if turn is not None]
     assert len(turns) == pytest.approx(80, abs=30)
     for turn in turns:
@@ -198,7 +198,7 @@ def test_a_turned_patch_samples_the_volume_about_its_centre():
     turn = None
     rng = np.random.default_rng(1)
     while turn is None:
-        turn = Augmentation(()).turn((5, 4, 3), np.array([1, 1, 2]), rng)
+        turn = Augmentation(()).warp((5, 4, 3), np.array([1, 1, 2]), rng)
     start = np.array([4, 4, 3])
     offsets = np.indices((5, 4, 3)).reshape(3, -1) - np.array([[2], [1.5], [1]])
     where = turn @ offsets + start[:, None] + np.array([[2], [1.5], [1]])

@@ -16,7 +16,9 @@ WRONG = [
     *(("volumes", value) for value in (0, 1.5)),
     *(("patches", value) for value in (0, -2)),
     *(("foreground", value) for value in (-0.01, 1.01, *NOT_A_NUMBER)),
-    *((name, value) for name in ("augment", "flip") for value in ("perhaps", 2)),
+    *(("contrast_copies", value) for value in (-1, 1.5, "some", None)),
+    *(("augmentation", value) for value in ("wild", "", None, True)),
+    *(("flip", value) for value in ("perhaps", 2)),
     *(("stop_when_converged", value) for value in ("perhaps", None)),
     *(("seed", value) for value in (-1, 0.5)),
     *(("device", value) for value in ("tpu", "cuda:0")),
@@ -44,9 +46,13 @@ def test_every_setting_is_checked():
     assert {name for name, _ in WRONG} >= set(TrainingSettings.model_fields)
 
 
-def test_the_losses_are_named_in_the_message():
-    with pytest.raises(SegraftError, match="dice_ce, overlap"):
-        check_settings(loss="dice")
+@pytest.mark.parametrize(
+    ("name", "value", "choices"),
+    [("loss", "dice", "dice_ce, overlap"), ("augmentation", "wild", "none, standard, elastic")],
+)
+def test_the_choices_are_named_in_the_message(name, value, choices):
+    with pytest.raises(SegraftError, match=f"unknown {name} '{value}': choose one of {choices}"):
+        check_settings(**{name: value})
 
 
 def test_of_several_wrong_values_the_first_is_told():
@@ -54,7 +60,10 @@ def test_of_several_wrong_values_the_first_is_told():
         check_settings(epochs=0, learning_rate=-1)
 
 
-@pytest.mark.parametrize(("name", "value"), [("epochs", 1), ("foreground", 0), ("foreground", 1), ("weight_decay", 0)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("epochs", 1), ("foreground", 0), ("foreground", 1), ("weight_decay", 0), ("contrast_copies", 0)],
+)
 def test_the_ends_of_ranges_belong_to_them(name, value):
     assert getattr(check_settings(**{name: value}), name) == value
 
@@ -65,5 +74,7 @@ def test_settings_cannot_be_changed_afterwards():
 
 
 def test_settings_survive_json():
-    settings = check_settings(epochs=3, loss="overlap", precision="bf16", recompute=("decoder", r"encoder\.\d"))
+    settings = check_settings(
+        epochs=3, loss="overlap", precision="bf16", augmentation="elastic", recompute=("decoder", r"encoder\.\d")
+    )
     assert check_settings(**settings.model_dump(mode="json")) == settings

@@ -5,6 +5,7 @@ import sys
 
 from segraft.cli.app import app
 from segraft.cli.look import inspect, params
+from segraft.cli.prepare import prepare
 from segraft.cli.study import study
 from segraft.cli.train import adapt, pretrain
 from segraft.cli.use import demo, evaluate, predict
@@ -14,7 +15,7 @@ __all__ = ["app", "main"]
 
 INTERRUPTED = 130  # what Typer turns Ctrl-C into
 
-for _command in (pretrain, adapt, predict, evaluate, params, inspect, demo):
+for _command in (prepare, pretrain, adapt, predict, evaluate, params, inspect, demo):
     app.command()(_command)
 app.add_typer(study, name="study")
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @takes(spec=options.adapter, common=options.common)
 def params(
     *,
-    network: Annotated[str, typer.Option(help="unet, unet3d, or package.module:Class.")] = "unet",
+    network: Annotated[str, typer.Option(help="unet, unet3d, multi_view_unet, or package.module:Class.")] = "unet",
     network_args: NetworkArguments = None,
     paper: Annotated[str | None, typer.Option(help="Count a paper's table on the real network: sah.")] = None,
     spec: "AdapterSpec",

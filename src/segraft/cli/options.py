@@ -121,8 +121,21 @@ def training(
     foreground: Annotated[
         float | None, typer.Option(help="Share of patches centred on a label [0.5].", rich_help_panel=TRAINING)
     ] = None,
-    augment: Annotated[
-        bool | None, typer.Option(help="Random flips, turns and contrast [yes].", rich_help_panel=TRAINING)
+    contrast_copies: Annotated[
+        int | None,
+        typer.Option(
+            help="Copies of each patch at other contrasts that count in the loss too (the haemorrhage paper's mixed "
+            "loss); each makes a step as much longer [0].",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    augmentation: Annotated[
+        str | None,
+        typer.Option(
+            help="none, standard (flips, turns, zooms, contrast) or elastic (flips, elastic deformation, contrast: the "
+            "haemorrhage paper's) [standard].",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
     flip: Annotated[
         bool | None,
@@ -155,7 +168,8 @@ def training(
         "volumes": volumes,
         "patches": patches,
         "foreground": foreground,
-        "augment": augment,
+        "contrast_copies": contrast_copies,
+        "augmentation": augmentation,
         "flip": flip,
         "stop_when_converged": stop_when_converged,
         "recompute": tuple(recompute) if recompute else None,
@@ -164,6 +178,14 @@ def training(
 
 
 def preparation(
+    head: Annotated[
+        bool | None,
+        typer.Option(
+            "--head/--no-head",
+            help="Head CT in HU: level it, remove the neck, crop or pad to 512×512 [no].",
+            rich_help_panel=SCANS,
+        ),
+    ] = None,
     patch: Annotated[
         tuple[int, int, int] | None,
         typer.Option(help="Voxels seen at once; Z = 1 for slices. From the data, if left out.", rich_help_panel=SCANS),
@@ -194,6 +216,7 @@ def preparation(
     if percentiles:
         intensity = {"kind": "percentiles", "lower": percentiles[0], "upper": percentiles[1]}
     said: Mapping[str, Any] = {
+        "head": head,
         "patch": patch,
         "spacing": spacing,
         "intensity": intensity,
@@ -218,7 +241,8 @@ def adapter(
     train: Annotated[
         list[str] | None,
         typer.Option(
-            help="Trained whole: none, head, bitfit, affine, decoder, encoder, full, a part, or an expression.",
+            help="Trained whole: none, head, bitfit, affine, decoder, encoder, full (or all); of a multi_view_unet "
+            "also shallow, deep, encoding, decoding; or a part, or an expression.",
             rich_help_panel=ADAPTER,
         ),
     ] = None,

@@ -58,7 +58,7 @@ def show(
     if as_json:
         show_json(everything(scores, judgement))
         return
-    for caption, frame in tables_of(scores, judgement)[:-1]:
+    for caption, frame in tables_of(scores, judgement):
         show_frame(frame, caption)
     show_notes([*scores.plan.study.notes, *judgement.notes, *scores.failures.values()])
     show_line(str(report))

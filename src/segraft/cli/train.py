@@ -30,7 +30,7 @@ def pretrain(
     *,
     data: Data,
     out: OutFolder,
-    network: Annotated[str, typer.Option(help="unet, unet3d, or package.module:Class.")] = "unet3d",
+    network: Annotated[str, typer.Option(help="unet, unet3d, multi_view_unet, or package.module:Class.")] = "unet3d",
     network_args: NetworkArguments = None,
     weights: Annotated[Path | None, typer.Option(help="Weights to start from (.safetensors, .pt).")] = None,
     labels: Labels = None,

@@ -10,7 +10,7 @@ from monai.data.utils import affine_to_spacing
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 
-from segraft.data.augmentation import Augmentation, cut
+from segraft.data.augmentation import AUGMENTATIONS, cut
 from segraft.data.cohort import Case
 from segraft.data.preparation import Preparation, prepare_positions
 from segraft.errors import SegraftError
@@ -37,7 +37,7 @@ class PatchSource(Dataset[dict[str, Any]]):
         seed: int,
         patches_per_volume: int = 2,
         foreground_fraction: float = 0.5,
-        augment: bool = True,
+        augmentation: str = "standard",
         flip_axes: Sequence[int] | None = None,
         watch: Callable[[Sequence[Case]], Iterable[Case]] = iter,
     ) -> None:
@@ -50,13 +50,13 @@ class PatchSource(Dataset[dict[str, Any]]):
             seed: of everything random, not negative.
             patches_per_volume: N, patches per item.
             foreground_fraction: share of patches centred on foreground, 0…1.
-            augment: whether to vary patches (see `Augmentation`).
+            augmentation: how to vary patches, a key of `AUGMENTATIONS`.
             flip_axes: axes of the prepared volume along which patches may be mirrored. None: left-right alone,
                 the body's one near symmetry. Empty where a label has a side ("left kidney").
             watch: passes the cases on while they are prepared, to show progress.
 
         Raises:
-            SegraftError: no cases, numbers out of range, or a case that cannot be prepared.
+            SegraftError: no cases, numbers out of range, an unknown augmentation, or a case that cannot be prepared.
         """
         if not cases or not labels:
             raise SegraftError("there are no cases or no labels to train on: give at least one of each.")
@@ -65,6 +65,8 @@ class PatchSource(Dataset[dict[str, Any]]):
                 f"patches per volume ({patches_per_volume}) must be positive, the foreground fraction "
                 f"({foreground_fraction}) in 0…1 and the seed ({seed}) not negative: correct them."
             )
+        if augmentation not in AUGMENTATIONS:
+            raise SegraftError(f"unknown augmentation {augmentation!r}: choose one of {', '.join(AUGMENTATIONS)}.")
         self.patch = preparation.patch
         self.labels = tuple(labels)
         self._seed = seed
@@ -72,7 +74,8 @@ class PatchSource(Dataset[dict[str, Any]]):
         self._fraction = foreground_fraction
         if flip_axes is None:
             flip_axes = [axis for axis, code in enumerate(preparation.orientation) if code in "LR"]
-        self._augmentation = Augmentation(tuple(flip_axes)) if augment else None
+        kind = AUGMENTATIONS[augmentation]
+        self._augmentation = None if kind is None else kind(tuple(flip_axes))
         self._volumes = [_volume(case, preparation, self.labels) for case in watch(cases)]
 
     def __len__(self) -> int:
@@ -108,10 +111,10 @@ class PatchSource(Dataset[dict[str, Any]]):
         patch = np.array(self.patch)
         start = np.clip(centre - patch // 2, 0, np.array(volume.image.shape) - patch)
         vary = self._augmentation
-        turn = vary.turn(self.patch, volume.spacing, rng) if vary else None
+        warp = vary.warp(self.patch, volume.spacing, rng) if vary else None
         flip = vary.flip(rng) if vary else (slice(None),) * 3
-        image[:] = cut(volume.image, start, self.patch, turn, order=1)[flip]
-        np.equal(cut(volume.positions, start, self.patch, turn, order=0)[flip], numbers, out=label, casting="unsafe")
+        image[:] = cut(volume.image, start, self.patch, warp, order=1)[flip]
+        np.equal(cut(volume.positions, start, self.patch, warp, order=0)[flip], numbers, out=label, casting="unsafe")
         if vary:
             vary.recolour(image, rng)
 

@@ -53,6 +53,7 @@ def write_report(
     tables: Sequence[tuple[str, pd.DataFrame]],
     figures: Sequence[tuple[str, bytes]],
     details: Mapping[str, object],
+    appendix: Sequence[tuple[str, pd.DataFrame]] = (),
 ) -> Path:
     """Write a self-contained HTML report; every text in it is escaped.
 
@@ -68,6 +69,7 @@ def write_report(
         figures: (caption, PNG) in the order shown; the caption is also the text for who cannot see the picture.
         details: name → value of everything that makes the result reproducible. Nested mappings and lists are
             written out.
+        appendix: tables for who wants to look closer, below the figures.
 
     Returns:
         The path.
@@ -89,6 +91,7 @@ def write_report(
         notes=list(notes),
         tables=[_as_text(caption, frame) for caption, frame in tables],
         figures=[_picture(caption, png) for caption, png in figures],
+        appendix=[_as_text(caption, frame) for caption, frame in appendix],
         details=[(str(name), _value(value)) for name, value in details.items()],
     )
     with replacing(path) as aside:

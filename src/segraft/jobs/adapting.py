@@ -24,6 +24,7 @@ from segraft.networks.bases import FILE_NAME
 from segraft.training.fit import Fit, check_device, check_precision, fit
 from segraft.training.recomputation import regions
 from segraft.training.settings import TrainingSettings
+from segraft.training.strategies import require_parts
 
 ADAPTING: dict[str, Any] = {"learning_rate": 3e-3, "stop_when_converged": True}
 """Settings in which adapting differs from the defaults of `TrainingSettings`, unless the user says otherwise."""
@@ -134,6 +135,7 @@ def adapt(
     asked = cohort.select_labels(labels)
     net, described, inherited, pretrained_on = source.load(len(asked))
     cohort = read_cohort(data, patient_pattern, pretrained_on)
+    require_parts(net, spec.train)
     adapters.graft(net, spec, seed=settings.seed)
     regions(net, settings.recompute)  # a wrong name is told before scans are read
     chosen = choose(cohort, shots, seed=settings.seed, avoid=pretrained_on, purpose="to adapt to", console=console)

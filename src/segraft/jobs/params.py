@@ -10,6 +10,7 @@ from torch import nn
 from segraft.adapters import AdapterSpec, ParameterTable, graft, parameter_table, ungraft
 from segraft.errors import SegraftError
 from segraft.networks import UNet, build
+from segraft.training.strategies import require_parts
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ def count(network: str, spec: AdapterSpec, arguments: Mapping[str, Any] | None =
     """Parameters of a network (one channel, one label, unless `arguments` say otherwise), adapted and on its own."""
     net = build(network, in_channels=1, out_channels=1, arguments=arguments)
     full = parameter_table(net.requires_grad_())
+    require_parts(net, spec.train)
     return Counted(parameter_table(graft(net, spec)), full)
 
 

@@ -66,7 +66,7 @@ def training_set(
         seed=settings.seed,
         patches_per_volume=settings.patches,
         foreground_fraction=settings.foreground,
-        augment=settings.augment,
+        augmentation=settings.augmentation,
         flip_axes=None if settings.flip else (),
         watch=watched("preparing scans", console),
     )

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from segraft.errors import SegraftError
+from segraft.networks.multiview import MultiViewUNet
 from segraft.networks.unet import UNet
 
 
@@ -23,6 +24,7 @@ class NetworkEntry:
 NETWORKS: dict[str, NetworkEntry] = {
     "unet": NetworkEntry(UNet),
     "unet3d": NetworkEntry(UNet, {"spatial_dims": 3, "widths": (32, 64, 128, 256), "norm": "instance"}),
+    "multi_view_unet": NetworkEntry(MultiViewUNet),
 }
 """To add a network, add one entry. Parts of third-party networks are in `FOREIGN_PARTS`."""
 

@@ -64,7 +64,6 @@ def tables_of(scores: Scores, judgement: Judgement) -> list[tuple[str, pd.DataFr
         (f"Methods at their best rank{reference}", _tests(judgement.tests)),
         (f"Methods, rank chosen inside the training folds{reference}", _tests(judgement.nested_tests)),
         ("Predicted and annotated volumes", tables.volumes(judgement)),
-        ("Runs", tables.runs(scores)),
     ]
     return [(caption, frame) for caption, frame in found if len(frame)]
 
@@ -96,6 +95,7 @@ def write_study_report(out: Path) -> Path:
         notes=[*study.notes, OPTIMISTIC, *judgement.notes, *failed, *waiting, *drawn],
         tables=tables_of(scores, judgement),
         figures=figures,
+        appendix=[("Runs: where each number comes from", tables.runs(scores))],
         details={"study": study.model_dump(mode="json"), **versions()},
     )
 

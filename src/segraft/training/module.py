@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from segraft.adapters import has_adapters, require_gradients
 from segraft.errors import SegraftError
+from segraft.training.contrast import ladder, with_contrast
 from segraft.training.losses import LOSSES
 from segraft.training.recomputation import require_recomputation
 from segraft.training.settings import TrainingSettings
@@ -34,6 +35,7 @@ class SegmentationTask(LightningModule):
         super().__init__()
         self.net, self.settings, self.steps = net, settings, steps
         self.loss = LOSSES[settings.loss]()
+        self.contrasts = ladder(settings.contrast_copies)
         self.trained = {name for name, value in net.named_parameters() if value.requires_grad}
         if not self.trained:
             raise SegraftError("nothing would be trained: choose an adapter method, or parts to train whole.")
@@ -42,10 +44,29 @@ class SegmentationTask(LightningModule):
         self.checked = False
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:  # noqa: ARG002
-        """Loss of one batch of patches."""
-        image, mask = batch["image"], batch["label"]
+        """Loss of one batch of patches, over the image and its copies at other contrasts (`contrast.ladder`).
+
+        The copies go through the network one after another rather than as one batch, for memory: a kernel's workspace,
+        and what is recomputed in the backward pass, are those of one copy at a time (what is kept for that pass is the
+        same). It also gives a batch norm, and a loss over the batch, one contrast at a time.
+        """
+        image, mask = batch["image"], batch["label"].to(torch.float32)
         if image.shape[-1] == 1:
             image, mask = image.squeeze(-1), mask.squeeze(-1)
+        losses = [
+            contrast.weight * self.loss(self._logits(with_contrast(image, contrast.gamma), mask.shape), mask)
+            for contrast in self.contrasts
+        ]
+        loss: Tensor = torch.stack(losses).sum()
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the loss is {loss.item()} at step {self.global_step} on cases {', '.join(batch['case'])}: lower the "
+                "learning rate, use precision 32, or look at these scans."
+            )
+        return loss
+
+    def _logits(self, image: Tensor, wanted: torch.Size) -> Tensor:
+        """What the network makes of the patches, in float32 and of the shape of their labels."""
         try:
             logits = self.net(image)
         except ValueError as error:
@@ -55,19 +76,13 @@ class SegmentationTask(LightningModule):
                 f"{type(self.net).__name__} cannot train on {len(image)} patches of {tuple(image.shape[2:])} voxels "
                 f"({error}): use larger or more patches."
             ) from error
-        if not isinstance(logits, Tensor) or logits.shape != mask.shape:
+        if not isinstance(logits, Tensor) or logits.shape != wanted:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise SegraftError(
-                f"{type(self.net).__name__} gives {shape} for patches whose labels are {tuple(mask.shape)}: "
+                f"{type(self.net).__name__} gives {shape} for patches whose labels are {tuple(wanted)}: "
                 "it must return one logit per label on the grid of its input."
             )
-        loss: Tensor = self.loss(logits.float(), mask.to(torch.float32))
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the loss is {loss.item()} at step {self.global_step} on cases {', '.join(batch['case'])}: lower the "
-                "learning rate, use precision 32, or look at these scans."
-            )
-        return loss
+        return logits.float()
 
     def on_after_backward(self) -> None:
         """After the first backward pass every trainable tensor of an adapter must have a gradient.

@@ -1,13 +1,18 @@
 """How a training runs: values that a user sets, checked in one place."""
 
+from collections.abc import Collection
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from segraft.data.augmentation import AUGMENTATIONS
 from segraft.errors import SegraftError
 from segraft.training.losses import LOSSES
 
 Precision = Literal["32", "bf16", "16"]
+
+TABLES: dict[str, Collection[str]] = {"loss": LOSSES, "augmentation": AUGMENTATIONS}
+"""Settings that are a key of a table."""
 
 
 class TrainingSettings(BaseModel):
@@ -20,11 +25,14 @@ class TrainingSettings(BaseModel):
             `constant`.
         weight_decay: of AdamW.
         loss: a key of `LOSSES`.
+        contrast_copies: N of equation 2 of the haemorrhage paper: copies of each patch at other contrasts, whose
+            weighted losses are added (`segraft.training.contrast`); each costs as much as the patch. 0: the loss alone.
         volumes: scans per step; each gives `patches` patches.
         patches: patches per scan and step.
         foreground: share of the patches that are centred on a label.
         flip: mirror left and right at random; not for labels with a side.
-        augment: random flips, small rotations, zooms and contrast changes.
+        augmentation: a key of `AUGMENTATIONS`: `standard` (flips, small rotations, zooms, contrast), `elastic` (flips,
+            elastic deformation, contrast), `none`.
         stop_when_converged: the validation-free stop of ARENA: when the training loss improved by no more than 1 % of
             its value over 20 epochs.
         seed: of the case order, patches, augmentation and initial factors.
@@ -41,10 +49,11 @@ class TrainingSettings(BaseModel):
     schedule: Literal["cosine", "onecycle", "constant"] = "cosine"
     weight_decay: float = Field(default=0.0, ge=0)
     loss: str = "dice_ce"
+    contrast_copies: int = Field(default=0, ge=0)
     volumes: int = Field(default=2, ge=1)
     patches: int = Field(default=2, ge=1)
     foreground: float = Field(default=0.5, ge=0, le=1)
-    augment: bool = True
+    augmentation: str = "standard"
     flip: bool = True
     stop_when_converged: bool = False
     seed: int = Field(default=0, ge=0)
@@ -52,12 +61,13 @@ class TrainingSettings(BaseModel):
     precision: Precision = "32"
     recompute: tuple[str, ...] = ()
 
-    @field_validator("loss")
+    @field_validator(*TABLES)
     @classmethod
-    def _known(cls, loss: str) -> str:
-        if loss not in LOSSES:
-            raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}")
-        return loss
+    def _known(cls, value: str, info: ValidationInfo) -> str:
+        table = TABLES[str(info.field_name)]
+        if value not in table:
+            raise ValueError(f"unknown {info.field_name} {value!r}: choose one of {', '.join(table)}")
+        return value
 
 
 def check_settings(**values: object) -> TrainingSettings:
