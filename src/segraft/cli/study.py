@@ -25,9 +25,9 @@ def run(
 
     Example: `segraft study run sah --data cohort/dataset.json --pretrain-data tbi/dataset.json --out study`
     """
+    from segraft.studies.reading import read_study
     from segraft.studies.report import write_study_report
     from segraft.studies.running import run_study
-    from segraft.studies.spec import read_study
 
     keep_freed_memory()
     read = read_study(name)

@@ -1,15 +1,12 @@
 """A study as data: what a YAML file says, checked as a whole before anything runs."""
 
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from segraft.adapters import AdapterSpec
-from segraft.errors import SegraftError
 from segraft.training.settings import TrainingSettings, check_settings
 from segraft.training.strategies import STRATEGIES, selectors
 
@@ -193,52 +190,3 @@ def arms_of(arms: Arms) -> list[Arm]:
         for strategy in arms.strategies
         for rank in (arms.ranks if method != "none" else (None,))
     ]
-
-
-def shipped() -> tuple[str, ...]:
-    """Names of the studies that come with the package."""
-    return tuple(sorted(path.name.removesuffix(".yaml") for path in files(__package__).joinpath("library").iterdir()))
-
-
-def read_study(name: str | Path) -> Study:
-    """A study that comes with the package, by name, or of a YAML file.
-
-    Raises:
-        SegraftError: neither, not YAML, or a value that does not fit; the message names it.
-    """
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        folder = path.parent
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise SegraftError(f"the study {path} cannot be read ({error.strerror}): give a YAML file.") from error
-    elif str(name) in shipped():
-        folder = Path.cwd()
-        text = files(__package__).joinpath("library", f"{name}.yaml").read_text(encoding="utf-8")
-    else:
-        raise SegraftError(f"there is no study {str(name)!r}: choose {', '.join(shipped())}, or give a .yaml file.")
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SegraftError(f"the study {name} is not YAML ({' '.join(str(error).split())}): correct it.") from error
-    study = checked(content, name)
-    located = {
-        field: folder / value for field in ("data", "pretrain_data") if (value := getattr(study, field)) is not None
-    }
-    return study.model_copy(update=located)
-
-
-def checked(content: object, name: str | Path) -> Study:
-    """The study that these values make.
-
-    Raises:
-        SegraftError: one sentence on the first value that does not fit.
-    """
-    try:
-        return Study.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
-        raise SegraftError(f"the study {name}{place and f', {place}'}: {reason}.") from error

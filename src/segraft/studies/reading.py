@@ -1,0 +1,85 @@
+"""Reading a study from YAML."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from segraft.errors import SegraftError
+from segraft.studies.spec import Study
+
+SUFFIXES = (".yaml", ".yml")
+
+
+def shipped() -> tuple[str, ...]:
+    """Names of the studies that come with the package."""
+    return tuple(sorted(path.name.removesuffix(".yaml") for path in files(__package__).joinpath("library").iterdir()))
+
+
+def read_study(name: str | Path) -> Study:
+    """A study that comes with the package, by name, or of a YAML file.
+
+    A file may name another study under `extends`: it then holds only what differs. Mappings are merged, all else
+    replaces what is there.
+
+    Raises:
+        SegraftError: neither, not YAML, or a value that does not fit; the message names it.
+    """
+    return checked(_content(name, ()), name)
+
+
+def _content(name: str | Path, seen: tuple[Path | str, ...]) -> object:
+    """What the file says, with what it extends; paths of cohorts as seen from the file."""
+    path, is_file = Path(name), Path(name).suffix in SUFFIXES
+    where = path.resolve() if is_file else str(name)
+    if where in seen:
+        raise SegraftError(f"the study {name} extends itself: take its `extends` out.")
+    try:
+        content = yaml.safe_load(_text(name))
+    except yaml.YAMLError as error:
+        raise SegraftError(f"the study {name} is not YAML ({' '.join(str(error).split())}): correct it.") from error
+    if not isinstance(content, dict):
+        return content
+    if is_file:
+        for field in ("data", "pretrain_data"):
+            if isinstance(content.get(field), str):
+                content[field] = str(path.parent / content[field])
+    extended = content.pop("extends", None)
+    if extended is None:
+        return content
+    below = path.parent / str(extended) if str(extended).endswith(SUFFIXES) else str(extended)
+    return _merged(_content(below, (*seen, where)), content)
+
+
+def _text(name: str | Path) -> str:
+    path = Path(name)
+    if path.suffix in SUFFIXES:
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SegraftError(f"the study {path} cannot be read ({error}): give a YAML file.") from error
+    if str(name) not in shipped():
+        raise SegraftError(f"there is no study {str(name)!r}: choose {', '.join(shipped())}, or give a .yaml file.")
+    return files(__package__).joinpath("library", f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _merged(below: object, above: object) -> object:
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
+
+
+def checked(content: object, name: str | Path) -> Study:
+    """The study that these values make.
+
+    Raises:
+        SegraftError: one sentence on the first value that does not fit.
+    """
+    try:
+        return Study.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ").rstrip(".")
+        raise SegraftError(f"the study {name}{place and f', {place}'}: {reason}.") from error
