@@ -44,7 +44,7 @@ class Scores:
     def outer(self, arm: str) -> pd.DataFrame:
         """The rows in which every patient is predicted by the training that held out his fold alone."""
         rows = self.table[self.table["arm"] == arm]
-        return rows[[held == (fold,) for held, fold in zip(rows["held_out"], rows["fold"], strict=True)]]
+        return rows.loc[[held == (fold,) for held, fold in zip(rows["held_out"], rows["fold"], strict=True)]]
 
     def dice(self, arm: str) -> dict[str, float]:
         """Patient -> Dice: mean over scans and labels, then over seeds."""
