@@ -20,8 +20,8 @@ def shipped() -> tuple[str, ...]:
 def read_study(name: str | Path) -> Study:
     """A study that comes with the package, by name, or of a YAML file.
 
-    A file may name another study under `extends`: it then holds only what differs. Mappings are merged, all else
-    replaces what is there.
+    A file may name another study under `extends`: it then holds only what differs. Mappings are merged (but for those
+    that name their `kind`), all else replaces what is there.
 
     Raises:
         SegraftError: neither, not YAML, or a value that does not fit; the message names it.
@@ -65,8 +65,8 @@ def _text(name: str | Path) -> str:
 
 
 def _merged(below: object, above: object) -> object:
-    if not (isinstance(below, dict) and isinstance(above, dict)):
-        return above
+    if not (isinstance(below, dict) and isinstance(above, dict)) or "kind" in above:
+        return above  # of another kind, the fields below mean nothing
     return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
 
 
