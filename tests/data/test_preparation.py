@@ -10,6 +10,7 @@ from scipy.spatial.transform import Rotation
 
 from segraft.data.checks import load_case
 from segraft.data.cohort import Case, Cohort
+from segraft.data.phantom import write_cohort
 from segraft.data.preparation import (
     Percentiles,
     Preparation,
@@ -192,3 +193,55 @@ def test_real_mri_intensities_become_comparable(real_data):
     cases = Cohort.read(real_data / "hippocampus").cases[:20]
     means = [float(prepare_image(case.image, Preparation()).mean()) for case in cases]
     assert 0.2 < min(means) < max(means) < 0.8
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory):
+    """One phantom whose head lies as it was drawn: yaw, roll and pitch of some degrees."""
+    folder = write_cohort(
+        tmp_path_factory.mktemp("heads"),
+        task="traumatic",
+        patients=4,
+        seed=1,
+        shape=(128, 144, 26),
+        spacing=(1.6, 1.6, 5),
+    )
+    return Cohort.read(folder).cases
+
+
+@pytest.mark.parametrize(
+    ("place", "spacing", "least", "off"),
+    # The last is a crescent a few mm thin that leans across slices of 5 mm.
+    [(0, None, 0.9, 0.05), (2, (1.0, 1.0, 5.0), 0.9, 0.05), (3, None, 0.9, 0.05), (1, None, 0.85, 0.08)],
+)
+def test_a_head_comes_back_to_its_own_grid(heads, place, spacing, least, off):
+    case = heads[place]
+    preparation = Preparation(head=True, spacing=spacing, intensity=Window(low=0, high=90), crop_foreground=True)
+    prepared = prepare_case(case, preparation, [1])
+    image, label = load_case(case)
+    truth = label.get_fdata() > 0
+    back = to_input_grid(prepared["label"], prepared["image"].affine, image)[0].numpy() >= 0.5
+    assert back.shape == truth.shape
+    assert 2 * (back & truth).sum() / (back.sum() + truth.sum()) > least
+    assert back.sum() == pytest.approx(truth.sum(), rel=off)
+    np.testing.assert_allclose(center_of_mass(back), center_of_mass(truth), atol=0.4)
+    in_between = float(prepared["label"].sum()) * abs(np.linalg.det(prepared["image"].affine.numpy()[:3, :3]))
+    assert in_between == pytest.approx(truth.sum() * 1.6 * 1.6 * 5, rel=0.05)
+
+
+def test_a_head_has_one_size_in_plane(heads):
+    prepared = prepare_image(heads[0].image, Preparation(head=True, intensity=Window(low=0, high=90)))
+    assert prepared.shape[1:3] == (512, 512)
+    assert float(prepared[0, 0, 0, 0]) == 0
+
+
+def test_a_scan_that_is_no_head_is_named(write_case):
+    case = write_case("a", np.random.default_rng(0).normal(40, 5, (16, 16, 8)).astype(np.float32))
+    with pytest.raises(SegraftError, match=r"a\.nii\.gz cannot be levelled: no voxel is above 200 HU"):
+        prepare_image(case.image, Preparation(head=True))
+
+
+def test_records_from_before_heads_still_load():
+    record = Preparation(patch=(64, 64, 1)).model_dump(mode="json")
+    del record["head"]
+    assert Preparation.from_record(record, "old.safetensors") == Preparation(patch=(64, 64, 1))

@@ -47,6 +47,7 @@ def pretrain(
     Example: `segraft pretrain --data D/dataset.json --labels 1 --network unet3d --out base`
     """
     from segraft.jobs import pretrain as job
+    from segraft.training.distributed import is_first_process
     from segraft.training.settings import check_settings
 
     _settle_memory(training)
@@ -65,6 +66,8 @@ def pretrain(
         overwrite=overwrite,
         console=progress_console(as_json=common.as_json),
     )
+    if not is_first_process():
+        return
     if common.as_json:
         show_json(asdict(result))
         return
@@ -99,6 +102,7 @@ def adapt(
     """
     from segraft.jobs import adapt as job
     from segraft.jobs.adapting import ADAPTING, BaseSource
+    from segraft.training.distributed import is_first_process
     from segraft.training.settings import check_settings
 
     _settle_memory(training)
@@ -116,6 +120,8 @@ def adapt(
         overwrite=overwrite,
         console=progress_console(as_json=common.as_json),
     )
+    if not is_first_process():
+        return
     if common.as_json:
         show_json(asdict(result) | {"parameters": result.parameters.to_dict()})
         return

@@ -16,7 +16,7 @@ from segraft.cli.options import BasePath, Common, Data, Labels, ModelPath, OutFo
 def predict(
     *,
     model: ModelPath,
-    scans: Annotated[list[Path], typer.Argument(help="NIfTI files, or folders of them.")],
+    scans: Annotated[list[Path], typer.Argument(help="NIfTI files, DICOM series, or folders of them.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Mask file for one scan, else a folder.")],
     base: BasePath = None,
     common: Common,

@@ -8,19 +8,20 @@ import numpy as np
 
 from segraft.data.cohort import Case, Cohort
 from segraft.data.nifti import load_nifti, same_grid
+from segraft.data.scans import load_scan
 from segraft.errors import SegraftError
 
 
 def check_image(path: str | Path) -> nib.Nifti1Image:
-    """Read a scan and refuse what no network can use.
+    """Read a scan (a NIfTI file, or a folder of one DICOM series) and refuse what no network can use.
 
     Returns:
         The image, its data [X, Y, Z] in memory.
 
     Raises:
-        SegraftError: the file cannot be read, is not 3D, holds NaN or infinite values, or is constant.
+        SegraftError: the scan cannot be read, is not 3D, holds NaN or infinite values, or is constant.
     """
-    image = load_nifti(path)
+    image = load_scan(path)
     data = np.asanyarray(image.dataobj)
     low, high = data.min(), data.max()  # NaN and infinities come through min and max
     if not (np.isfinite(low) and np.isfinite(high)):

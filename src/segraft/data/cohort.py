@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import AliasChoices, BaseModel, Field, StringConstraints, ValidationError, field_validator
 
-from segraft.data.nifti import load_nifti
+from segraft.data.scans import load_scan
 from segraft.errors import SegraftError
 
 _Text = Annotated[str, StringConstraints(min_length=1)]
@@ -21,7 +21,7 @@ _LARGEST_LABEL = 65_535  # what a mask file can hold (uint16)
 
 @dataclass(frozen=True)
 class Case:
-    """One scan of one patient, with its label file where there is one."""
+    """One scan of one patient: a NIfTI file or a folder of one DICOM series, with its label file where there is one."""
 
     id: str
     patient: str
@@ -34,9 +34,9 @@ class Case:
         Recognises a scan that served before, also renamed, compressed anew or with another header.
 
         Raises:
-            SegraftError: the image file cannot be read.
+            SegraftError: the image cannot be read.
         """
-        voxels = load_nifti(self.image).get_fdata(dtype=np.float32, caching="unchanged")
+        voxels = load_scan(self.image).get_fdata(dtype=np.float32, caching="unchanged")
         digest = hashlib.sha256(repr(voxels.shape).encode())
         digest.update(np.ascontiguousarray(voxels).data)
         return digest.hexdigest()[:16]

@@ -13,6 +13,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from segraft.atomic import replacing
+from segraft.data.dicom import holds_series
 from segraft.errors import SegraftError
 
 SUFFIXES = (".nii", ".nii.gz")
@@ -99,27 +100,31 @@ def write_mask(mask: NDArray[Any], like: nib.Nifti1Image, path: str | Path) -> N
 
 
 def list_scans(paths: Sequence[str | Path]) -> list[Path]:
-    """Files as given; folders replaced by their `.nii` and `.nii.gz` files, sorted, hidden ones left out.
+    """Files as given, folders of a DICOM series too; other folders replaced by the scans in them.
+
+    Those are its `.nii` and `.nii.gz` files and its folders that hold a DICOM series, sorted, hidden ones left out.
 
     Raises:
         SegraftError: a path that does not exist, or a folder without scans.
     """
     scans: list[Path] = []
     for path in map(Path, paths):
-        if path.is_dir():
-            found = sorted(
-                file
-                for file in path.iterdir()
-                if file.name.endswith(SUFFIXES) and not file.name.startswith(".") and file.is_file()
-            )
-            if not found:
-                raise SegraftError(f"the folder {path} holds no .nii or .nii.gz files: give one that does.")
-            scans += found
-        elif path.is_file():
+        if path.is_file() or (path.is_dir() and holds_series(path)):
             scans.append(path)
+        elif path.is_dir():
+            found = sorted(inside for inside in path.iterdir() if not inside.name.startswith(".") and _is_scan(inside))
+            if not found:
+                raise SegraftError(
+                    f"the folder {path} holds no .nii or .nii.gz files and no DICOM series: give one that does."
+                )
+            scans += found
         else:
             raise SegraftError(f"{path} does not exist: give a scan or a folder of scans.")
     return scans
+
+
+def _is_scan(path: Path) -> bool:
+    return holds_series(path) if path.is_dir() else path.is_file() and path.name.endswith(SUFFIXES)
 
 
 def _three_axes(data: NDArray[Any], path: Path, what: str) -> NDArray[Any]:

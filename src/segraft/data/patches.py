@@ -120,11 +120,26 @@ class PatchSource(Dataset[dict[str, Any]]):
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """Keys (epoch, index) for `PatchSource`, every index once, in an order shuffled from (seed, epoch)."""
+    """Keys (epoch, index) for `PatchSource`, every index once, in an order shuffled from (seed, epoch).
 
-    def __init__(self, size: int, *, seed: int) -> None:
-        self._size = size
+    Where several processes train together, each is given its share of every batch (`shares`): together, by rank, they
+    have the batches that one process would have, in the same order. A process that the last batch leaves without a
+    share is given the first item of that batch as a stand-in, which must not count, so that all have as many batches.
+    """
+
+    def __init__(self, size: int, *, seed: int, batch: int | None = None, rank: int = 0, ranks: int = 1) -> None:
+        """Of a process.
+
+        Args:
+            size: items of an epoch.
+            seed: of their order.
+            batch: items of a batch of all processes together; None: an epoch is one batch.
+            rank: of this process, from 0.
+            ranks: how many processes there are.
+        """
+        self._size, self._batch = size, batch or max(1, size)
         self._seed = seed
+        self._rank, self._ranks = rank, ranks
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -132,11 +147,24 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return self._size
+        return sum(len(part) for part in self._parts())
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = np.random.default_rng([self._seed, self._epoch]).permutation(self._size)
-        return ((self._epoch, int(index)) for index in order)
+        return ((self._epoch, int(order[place])) for part in self._parts() for place in part)
+
+    def _parts(self) -> Iterator[range]:
+        """Which places of the order are this process's, batch by batch."""
+        for start in range(0, self._size, self._batch):
+            sizes = shares(min(self._batch, self._size - start), self._ranks)
+            first = start + sum(sizes[: self._rank])
+            yield range(first, first + sizes[self._rank]) if sizes[self._rank] else range(start, start + 1)
+
+
+def shares(count: int, ranks: int) -> tuple[int, ...]:
+    """How many of `count` items each of several processes takes, as evenly as can be, larger shares first."""
+    each, more = divmod(count, ranks)
+    return tuple(each + (rank < more) for rank in range(ranks))
 
 
 def collate(batch: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ and crescent-shaped collections under the skull) and "subarachnoid" (blood in th
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -24,6 +25,8 @@ from segraft.errors import SegraftError
 
 Task = Literal["traumatic", "subarachnoid"]
 Triple = tuple[float, float, float]
+WriteScan = Callable[[nib.Nifti1Image, Path, str], Path]
+"""Writes an image into a folder under a name (without ending) and says where."""
 
 SHAPE = (96, 96, 20)
 SPACING_MM = (2.2, 2.2, 7.0)
@@ -170,6 +173,14 @@ def _voxels(rng: np.random.Generator, stratum: int, millilitres: float) -> int:
     return int(np.clip(round(math.exp(rng.uniform(math.log(fewest), math.log(most)))), fewest, most))
 
 
+def write_nifti(image: nib.Nifti1Image, folder: Path, name: str) -> Path:
+    """Write `folder`/`name`.nii.gz."""
+    path = folder / f"{name}.nii.gz"
+    with replacing(path) as aside:
+        nib.save(image, aside)
+    return path
+
+
 def write_cohort(
     folder: Path,
     *,
@@ -178,6 +189,7 @@ def write_cohort(
     seed: int,
     shape: tuple[int, int, int] = SHAPE,
     spacing: Triple = SPACING_MM,
+    write_image: WriteScan = write_nifti,
 ) -> Path:
     """Write a cohort of synthetic head CTs in the layout of the Medical Segmentation Decathlon.
 
@@ -191,6 +203,7 @@ def write_cohort(
         seed: 0 or more.
         shape: voxels along right, anterior and superior.
         spacing: voxel size in mm.
+        write_image: how images are written; labels are NIfTI.
 
     Returns:
         The path of `dataset.json`.
@@ -216,14 +229,14 @@ def write_cohort(
     for k in range(patients):
         rng = np.random.default_rng([seed, get_args(Task).index(task), k])
         image, mask = head(rng, task=task, stratum=k % len(STRATA_ML), shape=shape, spacing=spacing)
-        file = f"phantom_{task}_{k:03d}.nii.gz"
-        for part, voxels in (("imagesTr", image), ("labelsTr", mask)):
+        case = {"patient": f"{task}_{k:03d}"}
+        parts = (("image", "imagesTr", image, write_image), ("label", "labelsTr", mask, write_nifti))
+        for key, part, voxels, write in parts:
             scan = nib.Nifti1Image(voxels, affine)
             scan.header.set_xyzt_units("mm")
-            with replacing(Path(folder) / part / file) as aside:
-                nib.save(scan, aside)
-        case = {"image": f"./imagesTr/{file}", "label": f"./labelsTr/{file}", "patient": f"{task}_{k:03d}"}
-        cases.append(case)
+            path = write(scan, Path(folder) / part, f"phantom_{task}_{k:03d}")
+            case[key] = f"./{path.relative_to(folder).as_posix()}"
+        cases.append({key: case[key] for key in ("image", "label", "patient")})
 
     content = {
         "name": name,

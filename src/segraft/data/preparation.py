@@ -24,6 +24,7 @@ from pydantic import (
 
 from segraft.data.checks import check_image, load_case
 from segraft.data.cohort import Case
+from segraft.data.head import level_head
 from segraft.data.resampling import resample
 from segraft.errors import SegraftError
 
@@ -63,9 +64,11 @@ class Percentiles(_Settings):
 
 
 class Preparation(_Settings):
-    """How scans are prepared, in this order: turned, resampled, scaled, cropped; then cut into patches.
+    """How scans are prepared, in this order: levelled, turned, resampled, scaled, cropped; then cut into patches.
 
     Attributes:
+        head: the scan is a head CT: level it, remove the neck, crop or pad in-plane to `HEAD_SIZE` (`level_head`).
+            What is added is air, which moves percentiles: give a window.
         orientation: where the three axes point, as in NIfTI ("RAS": to the right, to the front, up).
         spacing: voxel size in mm along those axes; None keeps each scan's own.
         intensity: what becomes 0 and what becomes 1.
@@ -73,6 +76,7 @@ class Preparation(_Settings):
         patch: voxels along those axes that a network sees at once; a last size of 1 means 2D slices.
     """
 
+    head: bool = False
     orientation: str = "RAS"
     spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     intensity: Annotated[Window | Percentiles, Field(discriminator="kind")] = Percentiles()
@@ -104,15 +108,16 @@ class Preparation(_Settings):
 
 
 def prepare_image(path: str | Path, preparation: Preparation) -> MetaTensor:
-    """Read a scan and prepare it.
+    """Read a scan (a NIfTI file, or a folder of one DICOM series) and prepare it.
 
     Returns:
         [1, X, Y, Z] float32 in 0…1; `.affine` ([4, 4] float64) takes its voxels to mm.
 
     Raises:
-        SegraftError: what `check_image` refuses, or a scan in which the intensity setting leaves no contrast.
+        SegraftError: what `check_image` or, for heads, `level_head` refuses, or a scan in which the intensity setting
+            leaves no contrast.
     """
-    return _prepare(check_image(path), Path(path), preparation)
+    return prepare_scan(check_image(path), Path(path), preparation)
 
 
 def prepare_case(case: Case, preparation: Preparation, labels: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -140,7 +145,7 @@ def prepare_positions(case: Case, preparation: Preparation, labels: Sequence[int
     if len(labels) > np.iinfo(np.uint8).max:
         raise SegraftError(f"{len(labels)} labels were asked for: ask for at most {np.iinfo(np.uint8).max}.")
     scan, label = load_case(case)
-    image = _prepare(scan, case.image, preparation)
+    image = prepare_scan(scan, case.image, preparation)
     data = np.asanyarray(label.dataobj)
     positions = np.zeros(data.shape, dtype=np.float32)
     for place, value in enumerate(labels, start=1):
@@ -171,7 +176,10 @@ def to_input_grid(
     return resample(plain, _numpy(prepared_affine), image.shape, image.affine, mode="bilinear")
 
 
-def _prepare(scan: nib.Nifti1Image, path: Path, preparation: Preparation) -> MetaTensor:
+def prepare_scan(scan: nib.Nifti1Image, path: Path, preparation: Preparation) -> MetaTensor:
+    """As `prepare_image`, of a scan in memory; `path` is for messages."""
+    if preparation.head:
+        scan = _levelled(scan, path)
     data = torch.from_numpy(scan.get_fdata(dtype=np.float32, caching="unchanged"))
     # with its channel from the start: MONAI counts the spatial axes once, here
     image = MetaTensor(data[None], affine=torch.as_tensor(scan.affine, dtype=torch.float64))
@@ -183,6 +191,13 @@ def _prepare(scan: nib.Nifti1Image, path: Path, preparation: Preparation) -> Met
     if preparation.crop_foreground:
         image = CropForeground(allow_smaller=True)(image)
     return image
+
+
+def _levelled(scan: nib.Nifti1Image, path: Path) -> nib.Nifti1Image:
+    try:
+        return level_head(scan).grid.sample(scan)
+    except SegraftError as error:
+        raise SegraftError(f"the image {path} cannot be levelled: {error}") from error
 
 
 def _range(image: MetaTensor, path: Path, intensity: Window | Percentiles) -> tuple[float, float]:

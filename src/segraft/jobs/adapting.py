@@ -21,6 +21,7 @@ from segraft.jobs.run_folder import RunFolder, versions
 from segraft.jobs.training_set import training_set
 from segraft.networks import load_base, load_weights
 from segraft.networks.bases import FILE_NAME
+from segraft.training.distributed import Team
 from segraft.training.fit import Fit, check_device, check_precision, fit
 from segraft.training.recomputation import regions
 from segraft.training.settings import TrainingSettings
@@ -123,6 +124,9 @@ def adapt(
         overwrite: replace an adapter that is there.
         console: for progress; None is silent.
 
+    Where several processes train together (`settings.devices`, `settings.nodes`), the first one writes, and all return
+    the same. They need to see the same files.
+
     Raises:
         SegraftError: bad input of any kind; nothing is written then.
     """
@@ -130,7 +134,9 @@ def adapt(
     source = base if isinstance(base, BaseSource) else BaseSource(base)
     check_device(settings.device)
     check_precision(settings.device, settings.precision)
-    folder = RunFolder(Path(out), ADAPTER_FILE, resume=resume, overwrite=overwrite)
+    team = Team.join(settings)
+    console = console if team.first else None
+    folder = RunFolder(Path(out), ADAPTER_FILE, resume=resume, overwrite=overwrite, writes=team.first)
     cohort = Cohort.read(data, patient_pattern=patient_pattern)
     asked = cohort.select_labels(labels)
     net, described, inherited, pretrained_on = source.load(len(asked))
@@ -164,16 +170,22 @@ def adapt(
             "trainable_parameters": counted.trainable,
             "versions": versions(),
         }
-        adapters.save(net, folder.result, record=record)
+        size = team.first_does(lambda: _saved(net, folder.result, record))
     return Adapted(
         folder.result,
         asked,
         tuple(case.id for case in chosen.cases),
         counted,
-        folder.result.stat().st_size,
+        size,
         training,
         chosen.notes,
     )
+
+
+def _saved(net: nn.Module, path: Path, record: Mapping[str, Any]) -> int:
+    """Write the adapter; its bytes."""
+    adapters.save(net, path, record=record)
+    return path.stat().st_size
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -14,8 +14,8 @@ from torch import nn
 
 from segraft import adapters
 from segraft.adapters import AdapterHeader, read_header
-from segraft.data.nifti import load_nifti
 from segraft.data.preparation import Preparation, prepare_image, to_input_grid
+from segraft.data.scans import load_scan
 from segraft.errors import SegraftError
 from segraft.inference import label_map, sliding_probability
 from segraft.jobs.cases import Served
@@ -54,7 +54,7 @@ class Model:
             SegraftError: the scan is not usable, or the network's output on it is not finite.
         """
         image = prepare_image(scan, self.preparation)
-        original = load_nifti(scan)
+        original = load_scan(scan)
         where = resolve_device(device)
         check_precision(where, precision)
         probability = sliding_probability(

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from segraft.data.nifti import SUFFIXES, list_scans, write_mask
+from segraft.data.nifti import list_scans, write_mask
 from segraft.data.preparation import prepare_image
+from segraft.data.scans import mask_name
 from segraft.errors import SegraftError
 from segraft.evaluation.metrics import spacing_of, volume_ml
 from segraft.jobs.model import Model, load_model
@@ -37,7 +38,7 @@ def predict(
 
     Args:
         model: an adapter file, a base, or a loaded model.
-        scans: NIfTI files, or folders of them.
+        scans: NIfTI files, folders of a DICOM series, or folders of these.
         out: the mask's file for one scan file; a folder (masks are named as their scans) for several or a folder.
         base: where the base is, if it is no longer where it was when the adapter was trained.
         device: `auto`, `cpu`, `cuda`, `mps`.
@@ -49,7 +50,7 @@ def predict(
     """
     out = Path(out)
     paths = list_scans([Path(scan) for scan in scans])
-    masks = _mask_paths(paths, out, single=len(scans) == 1 and not Path(scans[0]).is_dir())
+    masks = _mask_paths(paths, out, single=paths == [Path(scan) for scan in scans][:1])
     if not isinstance(model, Model):
         model = load_model(model, base=base)
     # All of them before any is segmented, so that a bad one leaves no part of the masks.
@@ -71,10 +72,8 @@ def _mask_paths(scans: Sequence[Path], out: Path, *, single: bool) -> list[Path]
         raise SegraftError(f"{len(scans)} scans need a folder to write to, but {out} is a file name.")
     if single and not is_file and out.suffix and not out.is_dir():
         raise SegraftError(f"{out} is no NIfTI name: let the mask end in .nii.gz, or name a folder.")
-    masks = [out] if is_file else [out / scan.name for scan in scans]
+    masks = [out] if is_file else [out / mask_name(scan) for scan in scans]
     for scan, mask in zip(scans, masks, strict=True):
-        if not mask.name.endswith(SUFFIXES):
-            raise SegraftError(f"{scan} is not named as a NIfTI file, and its mask would be: name it .nii or .nii.gz.")
         if mask.resolve() == scan.resolve():
             raise SegraftError(f"the mask would replace its scan {scan}: choose another output path.")
     twice = {mask for mask in masks if masks.count(mask) > 1}

@@ -9,8 +9,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from segraft.data.cohort import Case
-from segraft.data.nifti import load_nifti
+from segraft.data.head import HEAD_SIZE
 from segraft.data.preparation import Preparation
+from segraft.data.scans import load_scan
 from segraft.errors import SegraftError
 from segraft.networks.registry import size_multiple, spatial_dims
 
@@ -38,13 +39,22 @@ def settle_preparation(
     if isinstance(given, Preparation):
         return given
     fields = {**(inherited.model_dump(mode="json") if inherited else {}), **(given or {})}
+    settled = checked(fields)
+    return settled if "patch" in fields else settled.model_copy(update={"patch": _patch(settled, net, cases)})
+
+
+def checked(fields: Mapping[str, Any]) -> Preparation:
+    """The preparation with these fields.
+
+    Raises:
+        SegraftError: a value that does not fit.
+    """
     try:
-        settled = Preparation(**fields)
+        return Preparation(**fields)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         raise SegraftError(f"preparation {name} = {first['input']!r}: {first['msg']}.") from error
-    return settled if "patch" in fields else settled.model_copy(update={"patch": _patch(settled, net, cases)})
 
 
 def check_network(net: nn.Module, patch: tuple[int, int, int], labels: int) -> None:
@@ -87,12 +97,15 @@ def _patch(preparation: Preparation, net: nn.Module, cases: Sequence[Case]) -> t
 
     sizes = []
     for case in cases[:50]:
-        scan = load_nifti(case.image)
+        scan = load_scan(case.image)
         wanted = axcodes2ornt(tuple(preparation.orientation))
         order = ornt_transform(wanted, io_orientation(scan.affine))[:, 0].astype(int)
         mm = np.linalg.norm(scan.affine[:3, :3], axis=0)[order]
         scale = np.ones(3) if preparation.spacing is None else mm / np.asarray(preparation.spacing)
-        sizes.append(np.asarray(scan.shape)[order] * scale)
+        voxels = np.asarray(scan.shape)[order]
+        if preparation.head:  # levelled, it is this large in-plane
+            voxels = np.where([code in "IS" for code in preparation.orientation], voxels, HEAD_SIZE)
+        sizes.append(voxels * scale)
     median = np.median(sizes, axis=0)
     flat = spatial_dims(net) == 2
     multiple, largest = size_multiple(net), LARGEST_2D if flat else LARGEST_3D

@@ -17,6 +17,7 @@ from segraft.jobs.run_folder import RunFolder, versions
 from segraft.jobs.training_set import training_set
 from segraft.networks import load_weights, save_base
 from segraft.networks.bases import FILE_NAME
+from segraft.training.distributed import Team
 from segraft.training.fit import Fit, check_device, check_precision, fit
 from segraft.training.recomputation import regions
 from segraft.training.settings import TrainingSettings
@@ -69,13 +70,18 @@ def pretrain(
         overwrite: replace a base that is there.
         console: for progress; None is silent.
 
+    Where several processes train together (`settings.devices`, `settings.nodes`), the first one writes, and all return
+    the same. They need to see the same files.
+
     Raises:
         SegraftError: bad input of any kind; nothing is written then.
     """
     settings = settings or TrainingSettings()
     check_device(settings.device)
     check_precision(settings.device, settings.precision)
-    folder = RunFolder(Path(out), FILE_NAME, resume=resume, overwrite=overwrite)
+    team = Team.join(settings)
+    console = console if team.first else None
+    folder = RunFolder(Path(out), FILE_NAME, resume=resume, overwrite=overwrite, writes=team.first)
     cohort = Cohort.read(data, patient_pattern=patient_pattern)
     asked = cohort.select_labels(labels)
     arguments = {"in_channels": 1, "out_channels": len(asked), **(network_arguments or {})}
@@ -111,7 +117,7 @@ def pretrain(
             "training": asdict(training),
             "versions": versions(),
         }
-        base = save_base(net, folder.path, network=network, arguments=arguments, record=record)
+        base = team.first_does(lambda: save_base(net, folder.path, network=network, arguments=arguments, record=record))
     return Pretrained(
         base.path,
         base.fingerprint,

@@ -20,14 +20,18 @@ class RunFolder:
         result: file name of what the training makes.
         resume: go on with what is there.
         overwrite: replace a result that is there.
+        writes: False in all but the first of several processes: nothing is checked, written or removed.
 
     Raises:
         SegraftError: a result or an unfinished training is there already, or there is nothing to resume.
     """
 
-    def __init__(self, path: Path, result: str, *, resume: bool, overwrite: bool) -> None:
+    def __init__(self, path: Path, result: str, *, resume: bool, overwrite: bool, writes: bool = True) -> None:
         self.path, self.result, self.resume = path, path / result, resume
         self.asked, self.checkpoint = path / "run.json", path / "last.ckpt"
+        self.writes = writes
+        if not writes:
+            return
         if resume and not self.checkpoint.is_file():
             done = "it is finished" if self.result.is_file() else "no epoch of it was finished"
             raise SegraftError(f"there is nothing to resume in {path}: {done}.")
@@ -46,6 +50,9 @@ class RunFolder:
         Raises:
             SegraftError: it is not the same.
         """
+        if not self.writes:
+            yield
+            return
         asked = json.loads(json.dumps(asked))
         before = self.asked.read_text(encoding="utf-8") if self.asked.is_file() else None
         made = not self.path.exists()

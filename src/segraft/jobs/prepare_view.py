@@ -1,0 +1,204 @@
+"""What preparation does to a scan, as a picture of every step."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from nibabel.affines import apply_affine, voxel_sizes
+from numpy.typing import NDArray
+
+from segraft.atomic import replacing
+from segraft.data.checks import load_case
+from segraft.data.cohort import Case, Cohort
+from segraft.data.head import Grid, level_head
+from segraft.data.preparation import Preparation, Window, prepare_scan
+from segraft.errors import SegraftError
+from segraft.evaluation.figures import COLOURS, DPI
+from segraft.evaluation.view import displayed_range
+from segraft.jobs.preparing import checked
+
+_PANEL_IN, _GAP_IN, _EDGE_IN, _TITLE_IN, _HEAD_IN, _BAR_MM = 2.9, 0.12, 0.2, 0.55, 0.55, 50.0
+_INK, _FAINT = "#1c1f23", "#5b636d"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A scan after one step of its preparation, on axes to the right, the front and up.
+
+    Attributes:
+        name: what was done.
+        image: intensities [X, Y, Z].
+        label: its label on the same grid.
+        unit: "as stored", "HU" of a head CT, "0…1" after scaling.
+    """
+
+    name: str
+    image: nib.Nifti1Image
+    label: nib.Nifti1Image
+    unit: str
+
+    @property
+    def voxel_mm(self) -> tuple[float, ...]:
+        """The edges of its voxels in mm."""
+        return tuple(round(float(mm), 6) for mm in voxel_sizes(self.image.affine))
+
+    @property
+    def size(self) -> str:
+        """Voxels along each axis, and their edges in mm."""
+        voxels = " × ".join(str(size) for size in self.image.shape)
+        return f"{voxels} voxels of {' × '.join(f'{mm:.3g}' for mm in self.voxel_mm)} mm"
+
+
+@dataclass(frozen=True)
+class PreparationView:
+    """The picture, the case it shows, its steps, and by how many degrees a head was turned (None if it is none)."""
+
+    path: Path
+    case: str
+    steps: list[Step]
+    yaw: float | None = None
+    roll: float | None = None
+    neck_slices: int | None = None
+
+
+def show_preparation(
+    data: str | Path,
+    out: str | Path,
+    *,
+    case: str | None = None,
+    preparation: Preparation | Mapping[str, Any] | None = None,
+    patient_pattern: str | None = None,
+) -> PreparationView:
+    """Draw every step of a case's preparation: axial above, coronal below, both in mm, with the label's outline.
+
+    Args:
+        data: `dataset.json`, or its folder.
+        out: the picture, a `.png` file.
+        case: its id; the first one if left out.
+        preparation: whole, or the fields that differ from the defaults.
+        patient_pattern: as of `Cohort.read`.
+
+    Raises:
+        SegraftError: another file ending, no such case, a case without a label, or a scan that cannot be prepared.
+    """
+    out = Path(out)
+    if out.suffix.lower() != ".png":
+        raise SegraftError(f"{out} cannot be a picture: let its name end in .png.")
+    cohort = Cohort.read(data, patient_pattern=patient_pattern)
+    chosen = _chosen(cohort, case)
+    settled = preparation if isinstance(preparation, Preparation) else checked(dict(preparation or {}))
+    scan, label = load_case(chosen)
+    steps = [_step("as read", scan, label, "as stored")]
+    view = PreparationView(out, chosen.id, steps)
+    note = "Outlined: the labels."
+    if settled.head:
+        levelling = level_head(scan)
+        for name, grid in (("levelled", levelling.turned), ("neck removed, cropped or padded", levelling.grid)):
+            steps.append(_step(name, grid.sample(scan), label, "HU"))
+        view = replace(view, yaw=levelling.yaw, roll=levelling.roll, neck_slices=levelling.neck_slices)
+        note = (
+            f"The head had turned by {levelling.yaw:.1f}° (yaw) and leaned by {levelling.roll:.1f}° (roll); "
+            f"{levelling.neck_slices} slices of neck removed. {note}"
+        )
+    ready = prepare_scan(scan, chosen.image, settled)
+    final = nib.Nifti1Image(ready.as_tensor()[0].numpy(), np.asarray(ready.affine, dtype=np.float64))
+    steps.append(_step("scaled", final, label, "0…1"))
+    window = (settled.intensity.low, settled.intensity.high) if isinstance(settled.intensity, Window) else None
+    display = displayed_range(scan.get_fdata(dtype=np.float32), window)
+    with replacing(out) as aside:
+        figure = _draw(steps, f"{chosen.id}: preparation", note, display)
+        figure.savefig(aside, format="png", metadata={"Software": None})
+    return view
+
+
+def _chosen(cohort: Cohort, case: str | None) -> Case:
+    if case is None:
+        return cohort.cases[0]
+    for each in cohort.cases:
+        if each.id == case:
+            return each
+    known = ", ".join(each.id for each in cohort.cases[:5])
+    raise SegraftError(f'{cohort.path} has no case "{case}": choose one such as {known}.')
+
+
+def _step(name: str, image: nib.Nifti1Image, label: nib.Nifti1Image, unit: str) -> Step:
+    upright = nib.as_closest_canonical(image)
+    moved = Grid(upright.shape, upright.affine).sample(label, mode="nearest").get_fdata(dtype=np.float32)
+    values = np.rint(np.maximum(moved, 0)).astype(np.int32)  # outside of its grid it is as low as air
+    return Step(name, upright, nib.Nifti1Image(values, upright.affine), unit)
+
+
+def _draw(steps: Sequence[Step], title: str, note: str, display: tuple[float, float]) -> Figure:
+    """One column per step, an axial slice above a coronal one, each panel the whole grid with a bar of 50 mm."""
+    place = _middle_of_label(steps[0])
+    sizes = [np.array(step.image.shape) * voxel_sizes(step.image.affine) for step in steps]
+    heights = [max(_PANEL_IN * size[axis] / size[0] for size in sizes) for axis in (1, 2)]
+    width = 2 * _EDGE_IN + len(steps) * _PANEL_IN + (len(steps) - 1) * _GAP_IN
+    height = _EDGE_IN + _HEAD_IN + _TITLE_IN + sum(heights) + _GAP_IN + _EDGE_IN
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    left = _EDGE_IN / width
+    figure.text(left, 1 - _EDGE_IN / height, title, va="top", fontsize=12, weight="bold", color=_INK, parse_math=False)
+    figure.text(left, 1 - (_EDGE_IN + 0.26) / height, note, va="top", fontsize=8.5, color=_FAINT, parse_math=False)
+    for column, (step, size) in enumerate(zip(steps, sizes, strict=True)):
+        x = _EDGE_IN + column * (_PANEL_IN + _GAP_IN)
+        voxel = np.rint(apply_affine(np.linalg.inv(step.image.affine), place)).astype(int)
+        at = [int(each) for each in np.clip(voxel, 0, np.array(step.image.shape) - 1)]
+        shown = (0.0, 1.0) if step.unit == "0…1" else display
+        text = f"{step.name}\n{step.size}\n{step.unit}, black {shown[0]:.4g}, white {shown[1]:.4g}"
+        top = 1 - (_EDGE_IN + _HEAD_IN) / height
+        figure.text(x / width, top, text, va="top", fontsize=7.5, color=_INK, linespacing=1.35, parse_math=False)
+        above = _EDGE_IN + _HEAD_IN + _TITLE_IN
+        for axis, tall in zip((1, 2), heights, strict=True):
+            box = (x / width, 1 - (above + tall) / height, _PANEL_IN / width, tall / height)
+            _panel(figure.add_axes(box), step, size, axis, at, shown)
+            above += tall + _GAP_IN
+    return figure
+
+
+def _panel(
+    ax: Axes, step: Step, size: NDArray[np.float64], axis: int, at: Sequence[int], shown: tuple[float, float]
+) -> None:
+    """The plane of X and `axis` through voxel `at`, the patient's right on the left."""
+    cut = 3 - axis
+
+    def plane(image: nib.Nifti1Image) -> NDArray[Any]:
+        turned: NDArray[Any] = np.take(np.asanyarray(image.dataobj), at[cut], axis=cut)[::-1].T
+        return turned
+
+    wide, tall = float(size[0]), float(size[axis])
+    pixels, labels = plane(step.image), np.pad(plane(step.label), 1)
+    ax.imshow(pixels, cmap="gray", vmin=shown[0], vmax=shown[1], origin="lower", extent=(0, wide, 0, tall))
+    columns, rows = (
+        (np.arange(count) - 0.5) * edge
+        for count, edge in zip(labels.shape[::-1], (wide / pixels.shape[1], tall / pixels.shape[0]), strict=True)
+    )
+    for value in np.unique(labels[labels > 0]):
+        colour = COLOURS[(int(value) - 1) % len(COLOURS)]
+        ax.contour(columns, rows, labels == value, levels=[0.5], colors=colour, linewidths=0.9)
+    ax.plot([0.04 * wide, 0.04 * wide + _BAR_MM], [0.04 * tall] * 2, color="white", linewidth=2, solid_capstyle="butt")
+    marks = [(0.03, 0.96, "R", "left", "top"), (0.97, 0.96, "L", "right", "top")]
+    if axis == 1:
+        marks.append((0.04, 0.06, f"{_BAR_MM:.0f} mm", "left", "bottom"))
+    for x, y, text, across, up in marks:
+        mark = ax.text(x, y, text, transform=ax.transAxes, ha=across, va=up, color="white", fontsize=7.5)
+        mark.set_path_effects([withStroke(linewidth=1.5, foreground="black")])
+    ax.set(xlim=(0, wide), ylim=(0, tall), aspect="equal", anchor="N")
+    ax.set_axis_off()
+
+
+def _middle_of_label(step: Step) -> NDArray[np.float64]:
+    """Where the label's fullest slice has its middle, RAS+ mm; the scan's middle without a label."""
+    marked = np.asanyarray(step.label.dataobj) > 0
+    middle = (np.array(step.image.shape) - 1) / 2
+    if marked.any():
+        z = int(marked.sum(axis=(0, 1)).argmax())
+        middle = np.array([*np.argwhere(marked[:, :, z]).mean(axis=0), z])
+    return np.asarray(apply_affine(step.image.affine, middle))
