@@ -24,7 +24,7 @@ from pydantic import (
 
 from segraft.data.checks import check_image, load_case
 from segraft.data.cohort import Case
-from segraft.data.head import level_head
+from segraft.data.levelling import levelling_of
 from segraft.data.resampling import resample
 from segraft.errors import SegraftError
 
@@ -195,7 +195,7 @@ def prepare_scan(scan: nib.Nifti1Image, path: Path, preparation: Preparation) ->
 
 def _levelled(scan: nib.Nifti1Image, path: Path) -> nib.Nifti1Image:
     try:
-        return level_head(scan).grid.sample(scan)
+        return levelling_of(scan).grid.sample(scan)
     except SegraftError as error:
         raise SegraftError(f"the image {path} cannot be levelled: {error}") from error
 
