@@ -51,6 +51,15 @@ def test_a_training_that_fails_before_leaves_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_of_several_processes_only_the_first_checks_writes_and_removes(tmp_path):
+    path = stopped(tmp_path / "run")
+    before = {each.name: each.read_bytes() for each in path.iterdir()}
+    for resume in (False, True):
+        with RunFolder(path, "result", resume=resume, overwrite=False, writes=False).training({"another": 1}):
+            assert {each.name: each.read_bytes() for each in path.iterdir()} == before
+    assert {each.name: each.read_bytes() for each in path.iterdir()} == before
+
+
 def test_a_folder_that_was_there_stays(tmp_path):
     (tmp_path / "run").mkdir()
     with pytest.raises(KeyError), folder_at(tmp_path / "run").training(ASKED):

@@ -23,6 +23,8 @@ WRONG = [
     *(("seed", value) for value in (-1, 0.5)),
     *(("device", value) for value in ("tpu", "cuda:0")),
     *(("precision", value) for value in ("64", 32, 8)),
+    *(("devices", value) for value in (0, -1, 1.5, "all", None)),
+    *(("nodes", value) for value in (0, "two")),
     *(("recompute", value) for value in ("decoder", None, 3)),
     ("learning_rte", 1e-3),
 ]

@@ -1,6 +1,7 @@
 """`segraft pretrain` and `segraft adapt`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,8 +10,9 @@ import typer
 
 from segraft.allocation import keep_freed_memory
 from segraft.cli import options
-from segraft.cli.app import json_object, progress_console, show_json, show_line, show_notes, split
+from segraft.cli.app import err, json_object, progress_console, show_json, show_line, show_notes, split
 from segraft.cli.options import Common, Data, Labels, NetworkArguments, OutFolder, PatientPattern, takes
+from segraft.errors import SegraftError
 
 if TYPE_CHECKING:
     from segraft.adapters import AdapterSpec
@@ -23,6 +25,22 @@ def _settle_memory(training: Mapping[str, Any]) -> None:
     """Trade memory for time, unless the user trades the other way: who recomputes activations is short of memory."""
     if not training.get("recompute"):
         keep_freed_memory()
+
+
+@contextmanager
+def _first_process_reports() -> Iterator[None]:
+    """Of the processes that train together all but the first end here: they show no result, and an error as text."""
+    from segraft.training.distributed import is_first_process
+
+    try:
+        yield
+    except SegraftError as error:
+        if is_first_process():
+            raise
+        err.print(f"segraft: {' '.join(str(error).split())}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    if not is_first_process():
+        raise typer.Exit
 
 
 @takes(training=options.training, preparation=options.preparation, common=options.common)
@@ -47,27 +65,25 @@ def pretrain(
     Example: `segraft pretrain --data D/dataset.json --labels 1 --network unet3d --out base`
     """
     from segraft.jobs import pretrain as job
-    from segraft.training.distributed import is_first_process
     from segraft.training.settings import check_settings
 
     _settle_memory(training)
-    result = job(
-        data,
-        out,
-        network=network,
-        network_arguments=json_object(network_args, "--network-args"),
-        weights=weights,
-        labels=split(labels),
-        cases=cases,
-        preparation=preparation,
-        settings=check_settings(**training, **common.computing(), seed=common.seed),
-        patient_pattern=patient_pattern,
-        resume=resume,
-        overwrite=overwrite,
-        console=progress_console(as_json=common.as_json),
-    )
-    if not is_first_process():
-        return
+    with _first_process_reports():
+        result = job(
+            data,
+            out,
+            network=network,
+            network_arguments=json_object(network_args, "--network-args"),
+            weights=weights,
+            labels=split(labels),
+            cases=cases,
+            preparation=preparation,
+            settings=check_settings(**training, **common.computing(), seed=common.seed),
+            patient_pattern=patient_pattern,
+            resume=resume,
+            overwrite=overwrite,
+            console=progress_console(as_json=common.as_json),
+        )
     if common.as_json:
         show_json(asdict(result))
         return
@@ -102,26 +118,24 @@ def adapt(
     """
     from segraft.jobs import adapt as job
     from segraft.jobs.adapting import ADAPTING, BaseSource
-    from segraft.training.distributed import is_first_process
     from segraft.training.settings import check_settings
 
     _settle_memory(training)
-    result = job(
-        BaseSource(base, weights, json_object(network_args, "--network-args")),
-        data,
-        out,
-        spec=spec,
-        labels=split(labels),
-        shots=shots,
-        preparation=preparation,
-        settings=check_settings(**ADAPTING | training, **common.computing(), seed=common.seed),
-        patient_pattern=patient_pattern,
-        resume=resume,
-        overwrite=overwrite,
-        console=progress_console(as_json=common.as_json),
-    )
-    if not is_first_process():
-        return
+    with _first_process_reports():
+        result = job(
+            BaseSource(base, weights, json_object(network_args, "--network-args")),
+            data,
+            out,
+            spec=spec,
+            labels=split(labels),
+            shots=shots,
+            preparation=preparation,
+            settings=check_settings(**ADAPTING | training, **common.computing(), seed=common.seed),
+            patient_pattern=patient_pattern,
+            resume=resume,
+            overwrite=overwrite,
+            console=progress_console(as_json=common.as_json),
+        )
     if common.as_json:
         show_json(asdict(result) | {"parameters": result.parameters.to_dict()})
         return

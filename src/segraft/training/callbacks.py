@@ -57,10 +57,12 @@ class History(Callback):
         """Dropout and the like depend on seed, epoch and step alone.
 
         Seeding the epoch would not do: a data loader draws from the same generator when it is started, which a
-        resumed training does at another moment.
+        resumed training does at another moment. Processes that train together draw different numbers, each for its
+        part of the batch.
         """
-        state = np.random.SeedSequence([self.seed, trainer.current_epoch, batch_idx]).generate_state(1, np.uint64)
-        torch.manual_seed(int(state[0]))
+        rank = (trainer.global_rank,) if trainer.global_rank else ()
+        words = np.random.SeedSequence([self.seed, trainer.current_epoch, batch_idx], spawn_key=rank)
+        torch.manual_seed(int(words.generate_state(1, np.uint64)[0]))
 
     def on_train_batch_end(
         self,
@@ -75,8 +77,8 @@ class History(Callback):
         self._steps += 1
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Write the epoch down and stop if nothing is gained any more."""
-        self.losses.append(float(self._sum) / max(1, self._steps))
+        """Write the epoch down and stop if nothing is gained any more: all processes alike, by the first one's loss."""
+        self.losses.append(trainer.strategy.broadcast(float(self._sum) / max(1, self._steps)))
         if self.stop_when_converged and has_converged(self.losses):
             self.converged = trainer.should_stop = True
 
@@ -96,7 +98,10 @@ class EpochCheckpoint(Checkpoint):
         self.path = path
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Write it."""
+        """Write it: the first process does, and the others wait."""
+        if not trainer.is_global_zero:
+            trainer.save_checkpoint(self.path)
+            return
         with replacing(self.path) as aside:
             trainer.save_checkpoint(aside)
 

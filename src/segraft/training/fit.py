@@ -19,7 +19,9 @@ from torch.utils.data import DataLoader
 
 from segraft.data.patches import EpochSampler, PatchSource, collate
 from segraft.errors import SegraftError
+from segraft.training.batch_norms import batch_norms_together
 from segraft.training.callbacks import EpochCheckpoint, History, ProgressBar
+from segraft.training.distributed import Team, Together, ending_together
 from segraft.training.module import SegmentationTask
 from segraft.training.recomputation import recomputing
 from segraft.training.settings import TrainingSettings
@@ -36,12 +38,14 @@ class Fit:
         converged: it stopped early by the convergence rule.
         seconds: wall time of this run (a resumed run counts its own part).
         device: what it ran on.
+        processes: how many trained together.
     """
 
     losses: tuple[float, ...]
     converged: bool
     seconds: float
     device: str
+    processes: int = 1
 
     def summary(self) -> str:
         """In half a line."""
@@ -61,6 +65,9 @@ def fit(
 ) -> Fit:
     """Train what of `net` requires a gradient on patches of `source`.
 
+    With `settings.devices` or `nodes` above 1, Lightning runs the calling script again for each further process, and
+    the call returns in each of them, with the same network: see `segraft.training.distributed`.
+
     Args:
         net: the network, changed in place.
         source: prepared cases.
@@ -68,35 +75,39 @@ def fit(
         checkpoint: file that holds the state after the last full epoch.
         resume: go on from that file, exactly; it must exist.
         title: of the progress bar.
-        console: where the progress bar is drawn; None draws none.
+        console: where the first process draws the progress bar; None draws none.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; the checkpoint holds the last full epoch.
-        SegraftError: no checkpoint to resume from, or not a whole one; the device is not there; see also
-            `SegmentationTask` and `recomputing`.
+        SegraftError: no checkpoint to resume from, or not a whole one; the device is not there; another process
+            failed; see also `SegmentationTask`, `Team.join`, `batch_norms_together` and `recomputing`.
     """
+    team = Team.join(settings)
+    together = Together(team, len(source), settings) if team.size > 1 else None
     if resume:
         _check_checkpoint(checkpoint)
     loader = DataLoader(
         source,
-        batch_size=settings.volumes,
-        sampler=EpochSampler(len(source), seed=settings.seed),
+        batch_size=settings.volumes // team.size,
+        sampler=EpochSampler(len(source), seed=settings.seed, batch=settings.volumes, rank=team.rank, ranks=team.size),
         collate_fn=collate,
         drop_last=False,
     )
-    task = SegmentationTask(net, settings, settings.epochs * len(loader))
+    task = SegmentationTask(net, settings, settings.epochs * len(loader), together)
     history = History(seed=settings.seed, stop_when_converged=settings.stop_when_converged)
-    bar = [] if console is None else [ProgressBar(title, console)]
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    bar = [] if console is None or not team.first else [ProgressBar(title, console)]
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     started = time.perf_counter()
     with warnings.catch_warnings():
         # The patches come from memory: workers would only copy it.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         # Lightning 2.6 asks torch for a name that torch 2.13 deprecates.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
         trainer = Trainer(
+            **team.trainer_options(net, settings),
             accelerator=check_device(settings.device),
-            devices=1,
             precision=PRECISIONS[settings.precision],
             max_epochs=settings.epochs,
             callbacks=[history, *bar, EpochCheckpoint(checkpoint)],
@@ -106,12 +117,17 @@ def fit(
             deterministic="warn" if torch.cuda.is_available() else False,
         )
         net.train()  # Lightning leaves the mode as it finds it
-        with _interruptible(trainer), recomputing(net, settings.recompute):
+        with (
+            ending_together(team, trainer),
+            _interruptible(trainer),
+            batch_norms_together(net, together),
+            recomputing(net, settings.recompute),
+        ):
             trainer.fit(task, loader, ckpt_path=checkpoint if resume else None, weights_only=True if resume else None)
     seconds = time.perf_counter() - started
     device = str(trainer.strategy.root_device)
     net.to("cpu").eval()
-    return Fit(tuple(history.losses), history.converged, seconds, device)
+    return Fit(tuple(history.losses), history.converged, seconds, device, team.size)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from segraft.adapters import has_adapters, require_gradients
 from segraft.errors import SegraftError
 from segraft.training.contrast import ladder, with_contrast
+from segraft.training.distributed import Together
 from segraft.training.losses import LOSSES
 from segraft.training.recomputation import require_recomputation
 from segraft.training.settings import TrainingSettings
@@ -25,15 +26,18 @@ class SegmentationTask(LightningModule):
         net: maps [B, 1, X, Y(, Z)] to logits [B, L, X, Y(, Z)]. With patches of size 1 in Z it is given [B, 1, X, Y].
         settings: of the training.
         steps: optimiser steps of the whole training, for the schedule.
+        together: the batch that several processes share, each taking part of it; None for one process.
 
     Raises:
         SegraftError: nothing is trainable; (while training) the output's shape is not the label's, a trainable
             tensor receives no gradient, a part to recompute is never called, the loss is not finite.
     """
 
-    def __init__(self, net: nn.Module, settings: TrainingSettings, steps: int) -> None:
+    def __init__(
+        self, net: nn.Module, settings: TrainingSettings, steps: int, together: Together | None = None
+    ) -> None:
         super().__init__()
-        self.net, self.settings, self.steps = net, settings, steps
+        self.net, self.settings, self.steps, self.together = net, settings, steps, together
         self.loss = LOSSES[settings.loss]()
         self.contrasts = ladder(settings.contrast_copies)
         self.trained = {name for name, value in net.named_parameters() if value.requires_grad}
@@ -43,27 +47,38 @@ class SegmentationTask(LightningModule):
         self.strict_loading = False
         self.checked = False
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:  # noqa: ARG002
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one batch of patches, over the image and its copies at other contrasts (`contrast.ladder`).
 
         The copies go through the network one after another rather than as one batch, for memory: a kernel's workspace,
         and what is recomputed in the backward pass, are those of one copy at a time (what is kept for that pass is the
         same). It also gives a batch norm, and a loss over the batch, one contrast at a time.
+
+        Several processes compute the loss of the whole batch, each with the gradient of its own part.
         """
+        if self.together is not None:
+            self.together.begin(batch_idx)
         image, mask = batch["image"], batch["label"].to(torch.float32)
         if image.shape[-1] == 1:
             image, mask = image.squeeze(-1), mask.squeeze(-1)
+        whole = self._whole(mask)
         losses = [
-            contrast.weight * self.loss(self._logits(with_contrast(image, contrast.gamma), mask.shape), mask)
+            contrast.weight
+            * self.loss(self._whole(self._logits(with_contrast(image, contrast.gamma), mask.shape)), whole)
             for contrast in self.contrasts
         ]
         loss: Tensor = torch.stack(losses).sum()
         if not torch.isfinite(loss):
+            cases = batch["case"] if self.together is None else self.together.names(batch["case"])
             raise NonFiniteLossError(
-                f"the loss is {loss.item()} at step {self.global_step} on cases {', '.join(batch['case'])}: lower the "
+                f"the loss is {loss.item()} at step {self.global_step} on cases {', '.join(cases)}: lower the "
                 "learning rate, use precision 32, or look at these scans."
             )
         return loss
+
+    def _whole(self, mine: Tensor) -> Tensor:
+        """A tensor of the whole batch, from that of this process's share."""
+        return mine if self.together is None else self.together.whole(mine)
 
     def _logits(self, image: Tensor, wanted: torch.Size) -> Tensor:
         """What the network makes of the patches, in float32 and of the shape of their labels."""

@@ -40,6 +40,10 @@ class TrainingSettings(BaseModel):
         precision: `32`, or mixed `bf16` or `16`; weights are composed in float32 always.
         recompute: parts of the network, or regular expressions for module names, that recompute their activations in
             the backward pass: less memory for more time, with the same results (`segraft.training.recomputation`).
+        devices: processes that train together on each machine, one per GPU (or sharing the CPU's cores).
+        nodes: machines that train together. These two say who computes, not what, so they are no part of a record:
+            `volumes` is what all processes take together, and the results agree to rounding
+            (`segraft.training.distributed`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -60,6 +64,8 @@ class TrainingSettings(BaseModel):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Precision = "32"
     recompute: tuple[str, ...] = ()
+    devices: int = Field(default=1, ge=1, exclude=True)
+    nodes: int = Field(default=1, ge=1, exclude=True)
 
     @field_validator(*TABLES)
     @classmethod
