@@ -90,7 +90,7 @@ def test_sizes_that_do_not_fit(shape):
     assert str(shape) in str(caught.value)
 
 
-@pytest.mark.parametrize("arguments", [{"width": 0}, {"width": -4}, {"spatial_dims": 4}, {"spatial_dims": 0}])
+@pytest.mark.parametrize("arguments", [{"width": 0}, {"spatial_dims": 4}, {"spatial_dims": 0}, {"norm": "group"}])
 def test_impossible_networks(arguments):
     with pytest.raises(SegraftError, match="give a positive width"):
         MultiViewUNet(**arguments)
@@ -275,3 +275,12 @@ def test_every_method_grafts_and_receives_gradients(method, dims):
 
 
 CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
+
+
+@pytest.mark.parametrize(("norm", "kind"), [("instance", nn.InstanceNorm2d), ("batch", nn.BatchNorm2d)])
+def test_each_small_convolution_is_normalised(norm, kind):
+    net = MultiViewUNet(width=2, norm=norm)
+    three = [module for module in net.modules() if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)]
+    assert len(three) == sum(isinstance(module, kind) for module in net.modules()) == 18
+    assert all(module.bias is None for module in three)
+    assert net(torch.rand(2, 1, 8, 12)).shape == (2, 1, 8, 12)

@@ -1,10 +1,13 @@
 """The two-level multi-view U-Net, in two or three dimensions."""
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from segraft.errors import SegraftError
-from segraft.networks.unet import CONV, POOL
+from segraft.networks.unet import CONV, NORM, POOL
 
 DILATIONS = (1, 2, 4)
 
@@ -32,6 +35,7 @@ class MultiViewUNet(nn.Module):
         out_channels: labels, one logit each.
         width: w, channels of the finest level.
         spatial_dims: 2 or 3 (1 for signals).
+        norm: normalisation behind each 3×3 convolution (which then has no bias); None as in the paper.
 
     Attributes:
         size_multiple: what the sizes of an image must be multiples of.
@@ -40,16 +44,25 @@ class MultiViewUNet(nn.Module):
             named alike (`M1_1`), so that `M1.*` is the expression for all blocks of a kind.
 
     Raises:
-        SegraftError: a width or dimensions that cannot be, or (forward) a size that is no multiple of 4.
+        SegraftError: a width, dimensions or a norm that cannot be, or (forward) a size that is no multiple of 4.
     """
 
-    def __init__(self, in_channels: int = 1, out_channels: int = 1, *, width: int = 64, spatial_dims: int = 2) -> None:
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_channels: int = 1,
+        *,
+        width: int = 64,
+        spatial_dims: int = 2,
+        norm: Literal["instance", "batch"] | None = None,
+    ) -> None:
         super().__init__()
-        if width < 1 or spatial_dims not in CONV:
+        if width < 1 or spatial_dims not in CONV or norm not in (None, *NORM):
             raise SegraftError(
-                f"multi-view U-Net with width {width} and {spatial_dims} dimensions: give a positive width and 1 to 3 "
-                "dimensions."
+                f"multi-view U-Net with width {width}, {spatial_dims} dimensions and norm {norm!r}: give a positive "
+                f"width, 1 to 3 dimensions and a norm of None, {' or '.join(NORM)}."
             )
+        normalise = None if norm is None else NORM[norm][spatial_dims]
         self.spatial_dims = spatial_dims
         self.size_multiple = 4
         self.parts = {
@@ -64,14 +77,14 @@ class MultiViewUNet(nn.Module):
         }
 
         fine, coarse, bottom = width, 2 * width, 4 * width
-        self.M1_1 = _convolutions(spatial_dims, in_channels, fine)
-        self.M1_2 = _convolutions(spatial_dims, fine, coarse)
-        self.M1_3 = _convolutions(spatial_dims, coarse, bottom)
-        self.M2_1 = _MultiView(spatial_dims, fine)
-        self.M2_2 = _MultiView(spatial_dims, coarse)
-        self.M1_4 = _convolutions(spatial_dims, 2 * coarse + bottom, coarse)
-        self.M1_5 = _convolutions(spatial_dims, 2 * fine + coarse, fine)
-        self.M3 = _convolutions(spatial_dims, fine, fine)
+        self.M1_1 = _convolutions(spatial_dims, in_channels, fine, normalise)
+        self.M1_2 = _convolutions(spatial_dims, fine, coarse, normalise)
+        self.M1_3 = _convolutions(spatial_dims, coarse, bottom, normalise)
+        self.M2_1 = _MultiView(spatial_dims, fine, normalise)
+        self.M2_2 = _MultiView(spatial_dims, coarse, normalise)
+        self.M1_4 = _convolutions(spatial_dims, 2 * coarse + bottom, coarse, normalise)
+        self.M1_5 = _convolutions(spatial_dims, 2 * fine + coarse, fine, normalise)
+        self.M3 = _convolutions(spatial_dims, fine, fine, normalise)
         self.M3.append(CONV[spatial_dims](fine, out_channels, 1))
         self.pool = POOL[spatial_dims](2)
         self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
@@ -101,8 +114,8 @@ class MultiViewUNet(nn.Module):
 class _MultiView(nn.Sequential):
     """M2: [B, c, …] to [B, 2c, …], the input and what three dilated convolutions make of it."""
 
-    def __init__(self, spatial_dims: int, channels: int) -> None:
-        super().__init__(*_convolutions(spatial_dims, channels, channels, dilations=DILATIONS))
+    def __init__(self, spatial_dims: int, channels: int, normalise: Callable[..., nn.Module] | None) -> None:
+        super().__init__(*_convolutions(spatial_dims, channels, channels, normalise, dilations=DILATIONS))
 
     def forward(self, image: Tensor) -> Tensor:
         seen = image
@@ -112,11 +125,20 @@ class _MultiView(nn.Sequential):
 
 
 def _convolutions(
-    spatial_dims: int, channels: int, width: int, *, dilations: tuple[int, ...] = (1, 1)
+    spatial_dims: int,
+    channels: int,
+    width: int,
+    normalise: Callable[..., nn.Module] | None,
+    *,
+    dilations: tuple[int, ...] = (1, 1),
 ) -> nn.Sequential:
-    """3×3 convolutions of these dilations that keep the size, each with ReLU."""
+    """3×3 convolutions of these dilations that keep the size, each normalised where that is wanted, and with ReLU."""
     layers: list[nn.Module] = []
     for dilation in dilations:
-        layers += [CONV[spatial_dims](channels, width, 3, padding=dilation, dilation=dilation), nn.ReLU(inplace=True)]
+        bias, convolution = normalise is None, CONV[spatial_dims]
+        layers.append(convolution(channels, width, 3, padding=dilation, dilation=dilation, bias=bias))
+        if normalise is not None:
+            layers.append(normalise(width, affine=True))
+        layers.append(nn.ReLU(inplace=True))
         channels = width
     return nn.Sequential(*layers)

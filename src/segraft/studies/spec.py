@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from segraft.adapters import AdapterSpec
+from segraft.errors import SegraftError
 from segraft.training.settings import TrainingSettings, check_settings
 from segraft.training.strategies import STRATEGIES, selectors
 
@@ -122,7 +123,7 @@ class Study(_Part):
             for arm in arms_of(arms):
                 arm.spec(selectors([arm.strategy]))
         for base in self.bases.values():
-            check_settings(**base.training)
+            settings_of(base.training)
         names = [arm.name for arms in self.arms for arm in arms_of(arms)]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
@@ -131,7 +132,21 @@ class Study(_Part):
 
     def settings(self, changes: Mapping[str, Any], *, seed: int) -> TrainingSettings:
         """Of one adaptation."""
-        return check_settings(**{**self.training, **changes, "seed": seed})
+        return settings_of({**self.training, **changes, "seed": seed})
+
+
+def settings_of(values: Mapping[str, Any]) -> TrainingSettings:
+    """Settings of one training of a study.
+
+    Raises:
+        SegraftError: a value that does not fit, or one that is for the engine to choose.
+    """
+    engines = {"devices", "nodes", "device"} & set(values)
+    if engines:
+        raise SegraftError(
+            f"training setting {min(engines)} is not of a study, whose runs are spread by its engine: leave it out."
+        )
+    return check_settings(**values)
 
 
 class Arm(_Part):
