@@ -1,5 +1,6 @@
 """Doing one run: training it, from where it was left, and testing it."""
 
+import re
 import time
 import traceback
 from dataclasses import replace
@@ -7,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from segraft.adapters import AdapterSpec
+from segraft.data.checks import check_cases
 from segraft.data.cohort import Cohort
+from segraft.data.levelling import kept_in
 from segraft.data.nifti import write_mask
 from segraft.errors import SegraftError
 from segraft.evaluation.results import CaseResult, save_results
@@ -18,11 +21,13 @@ from segraft.jobs.model import load_model
 from segraft.jobs.pretraining import pretrain
 from segraft.jobs.run_folder import versions
 from segraft.networks.bases import FILE_NAME
-from segraft.studies.run import FAILED, FINISHED, Outcome, Run, is_finished, locked, write_json
+from segraft.studies.run import FAILED, FINISHED, REQUEST, Outcome, Run, fail, is_finished, locked, write_json
+from segraft.training.module import NonFiniteLossError
 from segraft.training.settings import check_settings
 
-MASKS = "masks"
+MASKS, LEVELLINGS = "masks", "levellings"
 CHECKPOINT = "last.ckpt"
+HALF_WRITTEN = re.compile(r"\.[0-9a-f]{12}\.")
 
 
 def execute(folder: Path) -> Outcome:
@@ -34,21 +39,31 @@ def execute(folder: Path) -> Outcome:
         SegraftError: the folder is of no run.
     """
     run = Run.read(folder)
-    with locked(folder):
+    with locked(folder), kept_in(folder.parent.parent / LEVELLINGS):
         if is_finished(folder):
             return Outcome(run.key)
         (folder / FAILED).unlink(missing_ok=True)
+        _clear(folder)
+        left = (folder / CHECKPOINT).is_file()
         started = time.perf_counter()
         try:
             result = _pretrain(run, folder) if run.kind == "pretrain" else _adapt(run, folder)
         except Exception as error:  # noqa: BLE001  whatever it is, the other runs must go on
             reason = str(error) if isinstance(error, SegraftError) else f"{type(error).__name__}: {error}"
-            reason = " ".join(reason.split())
-            write_json(folder / FAILED, {"reason": reason, "traceback": traceback.format_exc()})
-            return Outcome(run.key, time.perf_counter() - started, reason)
+            if left and not isinstance(error, NonFiniteLossError):
+                reason += f" It was to go on from an earlier state: remove {folder / CHECKPOINT} to begin anew."
+            return Outcome(run.key, time.perf_counter() - started, fail(folder, reason, traceback.format_exc()))
         seconds = time.perf_counter() - started
+        (folder / CHECKPOINT).unlink(missing_ok=True)  # a kill may have come between the result and its removal
         write_json(folder / FINISHED, {**result, "seconds": seconds, "versions": versions()})
         return Outcome(run.key, seconds)
+
+
+def _clear(folder: Path) -> None:
+    """Remove files that were being written when a process was killed (`segraft.atomic`); the lock is held."""
+    for path in folder.rglob(".*"):
+        if HALF_WRITTEN.match(path.name) and not path.name.endswith(REQUEST):  # which is written without the lock
+            path.unlink(missing_ok=True)
 
 
 def _pretrain(run: Run, folder: Path) -> dict[str, Any]:
@@ -59,7 +74,7 @@ def _pretrain(run: Run, folder: Path) -> dict[str, Any]:
             folder,
             network=asked["network"],
             network_arguments=asked["arguments"],
-            labels=list(asked["labels"]),
+            labels=[value for value, _ in asked["labels"]],
             cases=run.train,
             preparation=asked["preparation"],
             settings=check_settings(**asked["settings"]),
@@ -83,7 +98,7 @@ def _adapt(run: Run, folder: Path) -> dict[str, Any]:
                 run.data,
                 folder,
                 spec=AdapterSpec.from_dict(asked["spec"]),
-                labels=list(asked["labels"]),
+                labels=[value for value, _ in asked["labels"]],
                 shots=run.train,
                 preparation=asked["preparation"],
                 settings=check_settings(**asked["settings"]),
@@ -93,11 +108,18 @@ def _adapt(run: Run, folder: Path) -> dict[str, Any]:
         record = load_record(model)
         result = {
             "trained": record["trainable_parameters"],
-            "bytes": model.stat().st_size,
+            "bytes": bytes_of_tensors(model),
             "training": record["training"],
         }
     save_results(_test(run, model, folder), folder, record={"run": run.key, "identity": dict(asked)})
     return result
+
+
+def bytes_of_tensors(path: Path) -> int:
+    """Of a safetensors file, without its header: that holds times, so its length is another in every training."""
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    return path.stat().st_size - 8 - header
 
 
 def load_record(adapter: Path) -> dict[str, Any]:
@@ -111,7 +133,8 @@ def _test(run: Run, path: Path, folder: Path) -> list[CaseResult]:
     """Segment the test cases on their own grids, keep the masks, and measure them."""
     cohort = Cohort.read(run.data, patient_pattern=run.patient_pattern)
     cases = {case.id: case for case in cohort.cases}
-    labels = cohort.select_labels(list(run.identity["labels"]))
+    labels = cohort.select_labels([value for value, _ in run.identity["labels"]])
+    check_cases([cases[name] for name in run.test], cohort, labels, each_present=False)
     model = replace(load_model(path), labels=labels)
     results: list[CaseResult] = []
     for name in run.test:

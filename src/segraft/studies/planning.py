@@ -2,21 +2,23 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 from rich.console import Console
 
 from segraft.data.cohort import Case, Cohort
+from segraft.data.scans import load_scan
 from segraft.data.splits import draw, folds
 from segraft.errors import SegraftError
 from segraft.jobs.watching import watched
 from segraft.studies.run import Run, Runs, write_json
 from segraft.studies.spec import Arm, Arms, Base, Study, arms_of
-from segraft.training.settings import check_settings
+from segraft.training.settings import TrainingSettings, check_settings
 from segraft.training.strategies import selectors
 
 FORMAT = 1
@@ -77,15 +79,18 @@ class Plan:
         """Of the file that `write` wrote.
 
         Raises:
-            SegraftError: there is none.
+            SegraftError: there is none, or it is of another version of Segraft.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise SegraftError(f"{path.parent} holds no study: give the folder that `study run` wrote.") from error
-        study = Study.model_validate(content["study"])
-        runs = tuple(Planned(**{**run, "held_out": tuple(run["held_out"])}) for run in content["runs"])
-        return cls(study, _by_name(study), runs, content["folds"], content["patients"])
+        try:
+            study = Study.model_validate(content["study"])
+            runs = tuple(Planned(**{**run, "held_out": tuple(run["held_out"])}) for run in content["runs"])
+            return cls(study, _by_name(study), runs, content["folds"], content["patients"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise SegraftError(f"{path} is no plan of this version of Segraft: remove it and run the study.") from error
 
 
 def plan(study: Study, runs: Runs, *, device: str = "auto", console: Console | None = None) -> Plan:
@@ -98,15 +103,18 @@ def plan(study: Study, runs: Runs, *, device: str = "auto", console: Console | N
         console: for progress; None is silent.
 
     Raises:
-        SegraftError: a cohort is missing or cannot be read, has too few patients, or no such label.
+        SegraftError: a cohort is missing or cannot be read, has too few patients, or no such label; an unknown device.
     """
     if study.data is None or study.pretrain_data is None:
         missing = "--data" if study.data is None else "--pretrain-data"
         raise SegraftError(f"the study {study.name} names no cohort for {missing}: give one.")
-    cohort = Cohort.read(study.data, patient_pattern=study.patient_pattern)
+    # Read by processes elsewhere, so paths are whole; links in them are kept, as they may lead elsewhere there.
+    data, pretrain_data = study.data.absolute(), study.pretrain_data.absolute()
+    study = study.model_copy(update={"data": data, "pretrain_data": pretrain_data})
+    cohort = Cohort.read(data, patient_pattern=study.patient_pattern)
     patients = len({case.patient for case in cohort.cases})
     cases = draw(cohort.cases, study.patients or patients, seed=study.split_seed)
-    digests = _Digests(console)
+    digests = _Digests(console if console is not None and console.is_terminal else None)
     split = [held for _, held in folds(cases, study.folds, seed=study.split_seed)]
     target = _Target(cohort, cohort.select_labels(study.labels), cases, digests, split)
     planned = []
@@ -163,22 +171,22 @@ class _Target:
         self, study: Study, arms: Arms, arm: Arm, base: str, seed: int, held_out: tuple[int, ...], device: str
     ) -> Run:
         """One adaptation, tested on the folds it did not train on."""
-        test = {case.id for fold in held_out for case in self.split[fold]}
-        train = [] if arm.trains_nothing else sorted(case.id for case in self.cases if case.id not in test)
-        settings = study.settings(arms.training, seed=seed).model_copy(update={"device": device})
+        test = {case.id: case for fold in held_out for case in self.split[fold]}
+        train = {case.id: case for case in self.cases if case.id not in test and not arm.trains_nothing}
+        settings = _on(device, study.settings(arms.training, seed=seed))
         identity = {
             "format": FORMAT,
             "kind": "adapt",
             "base": base,
             "spec": None if arm.trains_nothing else arm.spec(selectors([arm.strategy])).to_dict(),
-            "labels": {str(value): name for value, name in self.labels.items()},
+            "labels": _in_order(self.labels),
             "preparation": study.preparation,
             "settings": {"device": device} if arm.trains_nothing else settings.model_dump(mode="json"),
-            "train": {case.id: self.digests.of(case) for case in self.cases if case.id in set(train)},
-            "test": {case.id: self.digests.of(case) for case in self.cases if case.id in test},
+            "train": self.digests.of_all(train.values()),
+            "test": self.digests.of_all(test.values()),
         }
-        where, pattern = str(self.cohort.path.resolve()), self.cohort.patient_pattern
-        return Run("adapt", identity, where, pattern, tuple(train), tuple(sorted(test)), base)
+        where, pattern = str(self.cohort.path), self.cohort.patient_pattern
+        return Run("adapt", identity, where, pattern, tuple(sorted(train)), tuple(sorted(test)), base)
 
 
 def _base(study: Study, base: Base, taken: set[str], device: str, digests: "_Digests") -> Run:
@@ -192,20 +200,27 @@ def _base(study: Study, base: Base, taken: set[str], device: str, digests: "_Dig
         raise SegraftError(f"every patient of {cohort.path} is in the study: pre-train on others, or draw fewer.")
     cases = sorted(draw(free, count, seed=study.split_seed), key=lambda case: case.id)
     labels = cohort.select_labels(study.pretrain_labels)
-    settings = check_settings(**base.training).model_copy(update={"device": device})
+    settings = _on(device, check_settings(**base.training))
     identity = {
         "format": FORMAT,
         "kind": "pretrain",
         "network": base.network,
         "arguments": base.arguments,
-        "labels": {str(value): name for value, name in labels.items()},
+        "labels": _in_order(labels),
         "preparation": study.preparation,
         "settings": settings.model_dump(mode="json"),
-        "train": {case.id: digests.of(case) for case in cases},
+        "train": digests.of_all(cases),
     }
-    return Run(
-        "pretrain", identity, str(cohort.path.resolve()), study.patient_pattern, tuple(case.id for case in cases)
-    )
+    return Run("pretrain", identity, str(cohort.path), study.patient_pattern, tuple(case.id for case in cases))
+
+
+def _on(device: str, settings: TrainingSettings) -> TrainingSettings:
+    return check_settings(**{**settings.model_dump(), "device": device})
+
+
+def _in_order(labels: Mapping[int, str]) -> list[tuple[str, str]]:
+    """(value, name) as the network's outputs stand for them; a mapping would lose the order in the digest."""
+    return [(str(value), name) for value, name in labels.items()]
 
 
 class _Digests:
@@ -214,7 +229,7 @@ class _Digests:
     def __init__(self, console: Console | None) -> None:
         self.watched = watched("fingerprinting scans", console)
         self._images: dict[Path, str] = {}
-        self._labels: dict[Path, str] = {}
+        self._whole: dict[tuple[str, str], str] = {}
 
     def image(self, case: Case) -> str:
         """Of the voxels of its image."""
@@ -222,13 +237,23 @@ class _Digests:
             self._images[case.image] = case.digest()
         return self._images[case.image]
 
-    def of(self, case: Case) -> str:
-        """Of its image and its label file."""
+    def of_all(self, cases: Iterable[Case]) -> dict[str, str]:
+        """Case -> digest of its image, where that lies in space, and its label file."""
+        return {case.id: self._of(case) for case in cases}
+
+    def _of(self, case: Case) -> str:
         if case.label is None:
             raise SegraftError(f'the case {case.id} ({case.image}) has no label: add a "label" to its entry.')
-        if case.label not in self._labels:
+        place = str(case.image), str(case.label)
+        if place not in self._whole:
+            affine = np.asarray(load_scan(case.image).affine, dtype="<f8")
             try:
-                self._labels[case.label] = hashlib.sha256(case.label.read_bytes()).hexdigest()[:16]
+                label = case.label.read_bytes()
             except OSError as error:
                 raise SegraftError(f"the label {case.label} cannot be read ({error.strerror}): add it.") from error
-        return f"{self.image(case)}-{self._labels[case.label]}"
+            self._whole[place] = "-".join((self.image(case), _digest(affine.tobytes()), _digest(label)))
+        return self._whole[place]
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

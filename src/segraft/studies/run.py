@@ -1,9 +1,10 @@
 """One training of a study, and its folder, which is named by the content of what was asked for."""
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -38,8 +39,15 @@ class Run:
 
     @property
     def key(self) -> str:
-        """The first 16 hex digits of the SHA-256 of the identity."""
-        text = json.dumps(self.identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        """The first 16 hex digits of the SHA-256 of the identity.
+
+        Raises:
+            SegraftError: a setting is nothing that JSON can say, such as a date.
+        """
+        try:
+            text = json.dumps(self.identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise SegraftError(f"a setting is nothing that JSON can say ({error}): correct it.") from error
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @classmethod
@@ -62,7 +70,7 @@ class Outcome:
 
     Attributes:
         key: of the run.
-        seconds: that it took; None where it was finished before.
+        seconds: that it took; None where it was finished before, or its process died.
         failure: the reason; None if it is finished.
     """
 
@@ -83,10 +91,13 @@ class Runs:
         return self.path / key
 
     def add(self, run: Run) -> Path:
-        """The run's folder, made if it is new."""
+        """The run's folder, made if it is new.
+
+        Raises:
+            SegraftError: it cannot be made or written to.
+        """
         folder = self.folder(run.key)
         if run.key not in self._made:
-            folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / REQUEST, asdict(run))
             self._made.add(run.key)
         return folder
@@ -97,10 +108,18 @@ def is_finished(folder: Path) -> bool:
     return (folder / FINISHED).is_file()
 
 
+def fail(folder: Path, reason: str, trace: str | None = None) -> str:
+    """Write down why a run failed, on one line, which is returned."""
+    reason = " ".join(reason.split())
+    write_json(folder / FAILED, {"reason": reason, "traceback": trace})
+    return reason
+
+
 def failure_of(folder: Path) -> str | None:
     """Why the last try failed, if it did."""
-    path = folder / FAILED
-    return str(json.loads(path.read_text(encoding="utf-8"))["reason"]) if path.is_file() else None
+    with suppress(FileNotFoundError):  # also where another process has just begun to try again
+        return str(json.loads((folder / FAILED).read_text(encoding="utf-8"))["reason"])
+    return None
 
 
 def write_json(path: Path, content: object) -> None:
@@ -114,9 +133,20 @@ def locked(folder: Path) -> Iterator[None]:
     """Wait until no other process works in the folder, then keep others out.
 
     The lock goes with the process, so a killed one leaves none behind; a worker that outlives its study is waited for.
-    """
-    import fcntl
+    It works between machines where their file system locks (NFS does).
 
+    Raises:
+        SegraftError: the system or the file system has no such locks.
+    """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise SegraftError("studies need file locks that Windows has not got: run them under Linux or WSL.") from error
     with (folder / LOCK).open("a") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            raise SegraftError(f"the file system of {folder} has no locks: choose another --out.") from error
         yield

@@ -1,6 +1,6 @@
 """Running a study: planning it, doing what is not done, writing its report."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,29 +54,32 @@ def run_study(
         console: for progress; None is silent.
 
     Raises:
-        SegraftError: bad input of any kind, or `out` holds another study.
+        SegraftError: bad input of any kind, `out` holds another study or cannot be written to, or the engine is not
+            there.
     """
     if engine not in ENGINES:
         raise SegraftError(f"unknown engine {engine!r}: choose {', '.join(ENGINES)}.")
     if workers < 1:
         raise SegraftError(f"{workers} workers: give at least 1.")
-    out = Path(out)
+    out = Path(out).absolute()
     if (out / PLAN).is_file() and (there := Plan.read(out / PLAN).study.name) != study.name:
         raise SegraftError(f"{out} holds the study {there}: choose another --out for {study.name}.")
     runs = Runs(out / RUNS)
     planned = plan(study, runs, device=device, console=console)
     planned.write(out / PLAN)
-    say: Callable[[str], None] = (lambda _: None) if console is None else console.print
     names = {run.key: _name(run.arm, run.held_out, run.seed) for run in planned.runs}
     outcomes: list[Outcome] = []
-    before = 0
-    for wave in (_keys(planned, bases=True), _keys(planned, bases=False)):
-        open_ = [key for key in wave if not is_finished(runs.folder(key))]
-        before += len(wave) - len(open_)
-        for number, outcome in enumerate(ENGINES[engine]([runs.folder(key) for key in open_], workers), start=1):
-            outcomes.append(outcome)
-            how = f"failed: {outcome.failure}" if outcome.failure else "done"
-            say(f"{number}/{len(open_)} {names[outcome.key]} ({outcome.key}) {how}")
+    waves = [_keys(planned, bases=bases) for bases in (True, False)]  # an adaptation waits for its base
+    left = [[runs.folder(key) for key in wave if not is_finished(runs.folder(key))] for wave in waves]
+    if any(left):
+        with ENGINES[engine](workers) as do:
+            for folders in left:
+                for number, outcome in enumerate(do(folders), start=1):
+                    outcomes.append(outcome)
+                    if console is not None:
+                        line = f"{number}/{len(folders)} {names[outcome.key]} ({outcome.key}) {_how(outcome)}"
+                        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    before = sum(map(len, waves)) - sum(map(len, left))
     failures = {outcome.key: outcome.failure for outcome in outcomes if outcome.failure}
     return Studied(out, planned, len(outcomes) - len(failures), before, failures)
 
@@ -84,6 +87,12 @@ def run_study(
 def _keys(planned: Plan, *, bases: bool) -> Sequence[str]:
     """In order, each once: two arms may be the same run."""
     return list(dict.fromkeys(run.key for run in planned.runs if (run.base is None) is bases))
+
+
+def _how(outcome: Outcome) -> str:
+    if outcome.failure is not None:
+        return f"failed: {outcome.failure}"
+    return "was done meanwhile" if outcome.seconds is None else f"done, {outcome.seconds:.0f} s"
 
 
 def _name(arm: str, held_out: tuple[int, ...], seed: int) -> str:

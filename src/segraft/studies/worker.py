@@ -1,16 +1,38 @@
-"""One run in a process of its own: `python -m segraft.studies.worker FOLDER`."""
+"""Runs in a process of their own: `python -m segraft.studies.worker`.
 
+The process is given folders of runs on standard input, each as a line of JSON, and says on standard output how each
+went. Without a parent there is no more input, so it ends after the run that it is at.
+"""
+
+import json
+import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+from segraft.studies.run import Outcome
 
-def main() -> None:
-    """Do the run whose folder is named; what goes wrong in it stands in the folder."""
+
+def do(folder: str) -> Outcome:
+    """Do the run of a folder in this process, which is one's own; what goes wrong in it stands in the folder.
+
+    Raises:
+        SegraftError: the folder is of no run.
+    """
     from segraft.allocation import keep_freed_memory
     from segraft.studies.executing import execute
 
     keep_freed_memory()
-    execute(Path(sys.argv[1]))
+    return execute(Path(folder))
+
+
+def main() -> None:
+    """Until there is no more input."""
+    # What a library prints must not be taken for an answer.
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as answers:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        for line in sys.stdin:
+            print(json.dumps(asdict(do(json.loads(line)))), file=answers, flush=True)
 
 
 if __name__ == "__main__":
