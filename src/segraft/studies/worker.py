@@ -6,10 +6,12 @@ went. Without a parent there is no more input, so it ends after the run that it 
 
 import json
 import os
+import platform
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from segraft.errors import SegraftError
 from segraft.studies.run import Outcome
 
 
@@ -17,11 +19,16 @@ def do(folder: str) -> Outcome:
     """Do the run of a folder in this process, which is one's own; what goes wrong in it stands in the folder.
 
     Raises:
-        SegraftError: the folder is of no run.
+        SegraftError: the folder is of no run, or not there.
     """
     from segraft.allocation import keep_freed_memory
     from segraft.studies.executing import execute
 
+    if not Path(folder).is_dir():
+        raise SegraftError(
+            f"{folder} is not there on the machine {platform.node()}: all machines must see the study's folder and the "
+            "scans under the same paths."
+        )
     keep_freed_memory()
     return execute(Path(folder))
 
