@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from segraft.errors import SegraftError
+from segraft.studies.checking import check_study
 from segraft.studies.engines import ENGINES
 from segraft.studies.planning import PLAN, Plan, plan
 from segraft.studies.run import Outcome, Runs, is_finished
@@ -64,6 +65,7 @@ def run_study(
     out = Path(out).absolute()
     if (out / PLAN).is_file() and (there := Plan.read(out / PLAN).study.name) != study.name:
         raise SegraftError(f"{out} holds the study {there}: choose another --out for {study.name}.")
+    check_study(study)
     runs = Runs(out / RUNS)
     planned = plan(study, runs, device=device, console=console)
     planned.write(out / PLAN)

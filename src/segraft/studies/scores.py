@@ -73,7 +73,7 @@ class Scores:
         return counts[0] if counts else None
 
     def bytes(self, arm: str) -> int | None:
-        """Size of one adapter file of an arm."""
+        """Size of the tensors in one adapter file of an arm."""
         sizes = [self.finished[run.key]["bytes"] for run in self._runs(arm)]
         return sizes[0] if sizes else None
 

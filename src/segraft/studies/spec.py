@@ -1,6 +1,7 @@
 """A study as data: what a YAML file says, checked as a whole before anything runs."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -48,9 +49,9 @@ class Arms(_Part):
     """
 
     base: str
-    methods: tuple[str, ...] = ("none",)
-    ranks: tuple[int, ...] = (8,)
-    strategies: tuple[str, ...] = ("none",)
+    methods: tuple[str, ...] = Field(default=("none",), min_length=1)
+    ranks: tuple[int, ...] = Field(default=(8,), min_length=1)
+    strategies: tuple[str, ...] = Field(default=("none",), min_length=1)
     adapter: dict[str, Any] = {}
     training: dict[str, Any] = {}
 
@@ -104,12 +105,22 @@ class Study(_Part):
     reference: str = BEST_STRATEGY
     strata_ml: tuple[float, ...] | Literal["tertiles"] = (25, 50, 100, 300)
 
-    @field_validator("strata_ml")
+    @field_validator("strata_ml", mode="before")
     @classmethod
-    def _rising(cls, ends: tuple[float, ...] | str) -> tuple[float, ...] | str:
-        if not isinstance(ends, str) and (list(ends) != sorted(set(ends)) or not ends or ends[0] <= 0):
+    def _rising(cls, ends: Any) -> Any:
+        if ends == "tertiles":
+            return ends
+        numbers = isinstance(ends, list | tuple) and all(isinstance(end, int | float) for end in ends)
+        if not (numbers and ends and list(ends) == sorted(set(ends)) and ends[0] > 0):
             raise ValueError("give rising volumes above 0 mL, or tertiles")
         return ends
+
+    @field_validator("seeds")
+    @classmethod
+    def _different(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("a seed is there twice")
+        return seeds
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -124,10 +135,15 @@ class Study(_Part):
                 arm.spec(selectors([arm.strategy]))
         for base in self.bases.values():
             settings_of(base.training)
-        names = [arm.name for arms in self.arms for arm in arms_of(arms)]
+        arms_there = [arm for arms in self.arms for arm in arms_of(arms)]
+        names = [arm.name for arm in arms_there]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"the arm {min(twice)!r} is there twice: each must have a name of its own")
+        if self.reference not in {BEST_STRATEGY, *names, *(arm.family for arm in arms_there)}:
+            raise ValueError(
+                f"the reference {self.reference!r} is no arm: choose {BEST_STRATEGY}, or {', '.join(names)}"
+            )
         return self
 
     def settings(self, changes: Mapping[str, Any], *, seed: int) -> TrainingSettings:
@@ -186,6 +202,12 @@ class Arm(_Part):
 
     def spec(self, train: tuple[str, ...]) -> AdapterSpec:
         """Of the adapter."""
+        known = {field.name for field in fields(AdapterSpec)} - {"method", "rank", "train"}
+        unknown = sorted(set(self.adapter) - known)
+        if unknown:
+            raise SegraftError(
+                f"adapter: {unknown[0]!r} is no further field of an adapter: choose among {', '.join(sorted(known))}."
+            )
         rank = {} if self.rank is None else {"rank": self.rank}
         return AdapterSpec(self.method, **{**rank, **self.adapter, "train": train})
 

@@ -35,7 +35,7 @@ def arms(scores: Scores) -> pd.DataFrame:
             {
                 "Arm": name,
                 "Trained parameters": MISSING if trained is None else f"{trained:,}",
-                "File (kB)": MISSING if size is None else f"{size / 1000:,.0f}",
+                "Tensors (kB)": MISSING if size is None else f"{size / 1000:,.0f}",
                 "Training (s)": MISSING if seconds is None else f"{seconds:,.0f}",
                 "Patients": len(dice),
                 "Dice, mean (SD)": mean_sd(dice),
