@@ -51,15 +51,19 @@ def read_cohort(data: str | Path, patient_pattern: str | None, *served: Served) 
     return cohort
 
 
-def served_cases(cohort: Cohort, served: Served, console: Console | None = None) -> frozenset[str]:
+def served_cases(
+    cohort: Cohort, served: Served, console: Console | None = None, *, among: Sequence[str] | None = None
+) -> frozenset[str]:
     """Ids of the cases of patients any of whose images (recognised by content) served before.
 
-    Every image is read for that, with a progress bar on `console`.
+    Every image of all patients, or of those of the cases `among`, is read for that, with a progress bar on `console`.
     """
     if not served.digests:
         return frozenset()
     known = set(served.digests.values())
-    cases = watched("comparing with scans that served", console)(cohort.cases)
+    asked = {case.patient for case in cohort.cases if among is None or case.id in set(among)}
+    theirs = [case for case in cohort.cases if case.patient in asked]
+    cases = watched("comparing with scans that served", console)(theirs)
     patients = {case.patient for case in cases if case.digest() in known}
     return frozenset(case.id for case in cohort.cases if case.patient in patients)
 
@@ -89,8 +93,9 @@ def choose(
         SegraftError: fewer patients than asked for; an id that the cohort does not have, that is named twice, or that
             must not serve.
     """
-    excluded = served_cases(cohort, never or Served(), console)
-    avoided = served_cases(cohort, avoid or Served(), console)
+    among = None if count is None or isinstance(count, int) else count
+    excluded = served_cases(cohort, never or Served(), console, among=among)
+    avoided = served_cases(cohort, avoid or Served(), console, among=among)
     notes = []
     if not (count is None or isinstance(count, int)):
         cases = _by_id(cohort, count, excluded, purpose)
