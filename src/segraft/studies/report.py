@@ -185,9 +185,9 @@ def _figures(scores: Scores, judgement: Judgement, out: Path) -> tuple[list[tupl
 
 
 def _masks(scores: Scores, judgement: Judgement, out: Path) -> list[tuple[str, bytes]]:
-    """A patient of small, one of middle and one of large volume, every entrant's mask beside the truth."""
+    """A patient of small, one of middle and one of large volume, masks beside the truth."""
     study = scores.plan.study
-    everyone = (*judgement.strategies, *judgement.methods)
+    everyone = _shown(judgement)
     order = sorted(scores.annotated_ml().items(), key=lambda item: item[1])
     if study.data is None or not everyone or not order:
         return []
@@ -202,6 +202,14 @@ def _masks(scores: Scores, judgement: Judgement, out: Path) -> list[tuple[str, b
             (f"{case.id}, {dict(order)[patient]:.1f} mL annotated", _picture(case, masks, labels, study.preparation))
         )
     return found
+
+
+def _shown(judgement: Judgement) -> list[Entrant]:
+    """Whose masks are drawn: the methods beside the reference, as figure 4 of the paper; without methods, all."""
+    if not judgement.methods:
+        return list(judgement.strategies)
+    reference = [] if judgement.reference is None else [judgement.reference]
+    return [*reference, *(entrant for entrant in judgement.methods if entrant not in reference)]
 
 
 def _mask(scores: Scores, entrant: Entrant, case: Case, out: Path) -> NDArray[Any]:

@@ -21,7 +21,7 @@ def modules(study: Study) -> pd.DataFrame:
         if "none" in arms.methods
     }
     return pd.DataFrame(
-        [{"Strategy": strategy, "Network": base, "Modules": trained} for (strategy, base), trained in rows.items()]
+        [{"Network": base, "Strategy": strategy, "Modules": trained} for (strategy, base), trained in rows.items()]
     )
 
 
