@@ -134,6 +134,29 @@ def test_the_reference_may_be_named(tmp_path, reference):
     assert judgement.reference.name not in judgement.tests.index
 
 
+def test_an_arm_may_be_the_reference_at_a_rank_that_is_not_the_best(tmp_path):
+    scores = collect(*written(tmp_path, study(reference="dora_c 2 (unet)")))
+    judgement = judge(scores)
+    assert judgement.reference.dice == scores.dice("dora_c 2 (unet)")
+    assert judgement.tests.loc["dora_c 8 (unet)", "mean_difference"] == pytest.approx(0.1)
+
+
+def test_a_family_as_reference_is_held_against_choices_of_its_own_kind(tmp_path):
+    judgement = judge(collect(*written(tmp_path, study(reference="dora_c (unet)"))))
+    assert judgement.reference.name == "dora_c 8 (unet)"
+    assert list(judgement.tests.index) == ["cp_lora 2 (unet)"]
+    assert judgement.nested_reference.name == "dora_c 2/2/2 (unet)"
+    assert list(judgement.nested_tests.index) == ["cp_lora 2/2/2 (unet)"]
+
+
+def test_the_best_is_the_best_of_all(tmp_path, monkeypatch):
+    plain = dice_of
+    better = lambda arm, *rest: plain(arm, *rest) + (0.2 if arm.startswith("decoding") else 0)  # noqa: E731
+    monkeypatch.setitem(globals(), "dice_of", better)
+    written(tmp_path)
+    assert "Highest mean Dice: decoding (multi_view)" in write_study_report(tmp_path).read_text()
+
+
 def test_volumes_agree_as_they_were_made(tmp_path):
     found = judge(collect(*written(tmp_path))).agreement
     assert (found.slope, found.intercept) == pytest.approx((0.9, 2.0))
@@ -148,6 +171,9 @@ def test_strata():
     thirds = strata({str(i): float(i + 1) for i in range(9)}, "tertiles")
     assert [len(patients) for patients in thirds.values()] == [3, 3, 3]
     assert strata({}, "tertiles") == {}
+    close = {str(i): 1000.1 + 0.4 * i for i in range(9)}
+    for ends in ("tertiles", [1000.5, 1000.9, 1003.3]):
+        assert sorted(p for patients in strata(close, ends).values() for p in patients) == sorted(close)
     assert sum(map(len, strata(dict.fromkeys("abc", 2.0), "tertiles").values())) == 3
 
 
@@ -202,7 +228,14 @@ def test_without_methods_or_nested_runs(tmp_path):
 def test_the_report_and_its_files(tmp_path):
     written(tmp_path, study(notes=["These are phantoms."]))
     report = write_study_report(tmp_path).read_text()
-    for text in ("These are phantoms.", "decoding (multi_view)", "dora_c 2/2/2 (unet)", "optimistic", "M1.4, M1.5, M3"):
+    for text in (
+        "These are phantoms.",
+        "decoding (multi_view)",
+        "dora_c 2/2/2 (unet)",
+        "optimistic",
+        "one-sided",
+        "M1.4, M1.5, M3",
+    ):
         assert text in report
     assert "The masks are not drawn" not in report  # no cohort was named, so there is nothing to draw
     results = json.loads((tmp_path / "results.json").read_text())

@@ -174,13 +174,13 @@ def _slice(path: Path, dataset: "Dataset") -> _Slice:
     if "PixelData" not in dataset:
         kind = dataset.get("Modality") or "unknown kind"
         raise SegraftError(f"the DICOM file {path} ({kind}) holds no image: move it out of the folder.")
-    if "PerFrameFunctionalGroupsSequence" in dataset or int(dataset.get("NumberOfFrames") or 1) > 1:
+    if "PerFrameFunctionalGroupsSequence" in dataset or _count(path, dataset, "NumberOfFrames") > 1:
         raise SegraftError(
             f"the DICOM file {path} holds several frames (an enhanced object): export it as one file per slice, or "
             "convert it with dcm2niix."
         )
     photometric = dataset.get("PhotometricInterpretation")
-    if int(dataset.get("SamplesPerPixel") or 1) != 1 or photometric not in {"MONOCHROME1", "MONOCHROME2"}:
+    if _count(path, dataset, "SamplesPerPixel") != 1 or photometric not in {"MONOCHROME1", "MONOCHROME2"}:
         raise SegraftError(f"the DICOM file {path} is {photometric}, no grey image: move it out of the folder.")
     if dataset.get("Modality") == "CT":
         _check_hounsfield(path, dataset)
@@ -212,6 +212,11 @@ def _check_hounsfield(path: Path, dataset: "Dataset") -> None:
     unit = dataset.get("RescaleType") or "HU"
     if unit not in {"HU", "US"}:  # US: unspecified
         raise SegraftError(f"the DICOM file {path} holds values in {unit}, not HU: export the plain CT series.")
+
+
+def _count(path: Path, dataset: "Dataset", tag: str) -> int:
+    """1 where the tag is not there."""
+    return int(_numbers(path, dataset, tag, 1)[0]) if dataset.get(tag) else 1
 
 
 def _numbers(path: Path, dataset: "Dataset", tag: str, count: int) -> NDArray[np.float64]:

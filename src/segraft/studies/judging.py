@@ -40,10 +40,11 @@ class Judgement:
     strategies: arms without factors, in the study's order.
     methods: families with factors, each at the rank with the best mean Dice over all patients.
     nested: the same families, their rank chosen inside the training folds; empty if the study does not.
-    reference: the entrant that methods are tested against; None if it is not complete, or there are no methods.
+    reference: the entrant that methods are tested against; None if it is not complete.
+    nested_reference: the same, with its rank chosen inside the training folds if it is a family.
     tests: of `methods` against it, as of `compare`; None without a reference.
     nested_tests: of `nested` likewise.
-    best: the method with the highest mean Dice; a strategy if there are no methods.
+    best: the entrant with the highest mean Dice.
     agreement: of its volumes; None with fewer than three patients, or where all annotated volumes are equal.
     strata: name -> patients, by annotated volume.
     notes: what is missing, and why.
@@ -53,6 +54,7 @@ class Judgement:
     methods: tuple[Entrant, ...]
     nested: tuple[Entrant, ...]
     reference: Entrant | None
+    nested_reference: Entrant | None
     tests: pd.DataFrame | None
     nested_tests: pd.DataFrame | None
     best: Entrant | None
@@ -86,17 +88,20 @@ def judge(scores: Scores) -> Judgement:
     ]
     ready = [name for name, arm in arms.items() if arm.family in several and arm.family not in unready]
     inside = _chosen_inside(scores, _table(scores, ready))
-    reference = _reference(study.reference, (*strategies, *methods))
+    reference = _reference(scores, study.reference, strategies, methods, whole)
     if reference is None:
         notes.append(f"The reference of the tests, {study.reference}, has no complete result, so nothing is tested.")
-    best = _best(methods) or _best(strategies)
+    # A method's choice inside the training folds is held against the reference's own, if that is a method too.
+    inner = next((entrant for entrant in inside if entrant.family == study.reference), reference)
+    best = _best((*strategies, *methods))
     return Judgement(
         strategies,
         methods,
         inside,
         reference,
+        inner,
         _tests(methods, reference),
-        _tests(inside, reference),
+        _tests(inside, inner),
         best,
         _agreement(scores, best),
         strata(scores.annotated_ml(), study.strata_ml),
@@ -117,12 +122,22 @@ def strata(volumes_ml: Mapping[str, float], ends: Sequence[float] | str) -> dict
     if isinstance(ends, str):
         ends = sorted({float(np.quantile(list(volumes_ml.values()), part)) for part in (1 / 3, 2 / 3, 1)})
     edges = [0.0, *ends]
-    named = {f"({low:.3g}, {high:.3g}]": (low, high) for low, high in pairwise(edges)}
+    texts = _told_apart(edges)
+    named = dict(zip((f"({low}, {high}]" for low, high in pairwise(texts)), pairwise(edges), strict=True))
     found = {name: [p for p, v in volumes_ml.items() if low < v <= high] for name, (low, high) in named.items()}
     nothing = [p for p, v in volumes_ml.items() if v <= 0]
     above = [p for p, v in volumes_ml.items() if v > edges[-1]]
-    whole = {**({"none": nothing} if nothing else {}), **found, **({f">{edges[-1]:.3g}": above} if above else {})}
+    whole = {**({"none": nothing} if nothing else {}), **found, **({f">{texts[-1]}": above} if above else {})}
     return {name: tuple(patients) for name, patients in whole.items()}
+
+
+def _told_apart(numbers: Sequence[float]) -> list[str]:
+    """With three digits, or as many more as make each a text of its own."""
+    for digits in range(3, 17):
+        texts = [np.format_float_positional(n, digits, unique=False, fractional=False, trim="-") for n in numbers]
+        if len(set(texts)) == len(texts):
+            break
+    return texts
 
 
 def _families(scores: Scores) -> list[str]:
@@ -164,10 +179,15 @@ def _chosen_inside(scores: Scores, table: pd.DataFrame) -> tuple[Entrant, ...]:
     return tuple(entrants)
 
 
-def _reference(asked: str, entrants: Sequence[Entrant]) -> Entrant | None:
+def _reference(
+    scores: Scores, asked: str, strategies: Sequence[Entrant], methods: Sequence[Entrant], whole: Sequence[str]
+) -> Entrant | None:
     if asked == BEST_STRATEGY:
-        return _best([entrant for entrant in entrants if not entrant.ranks])
-    return next((entrant for entrant in entrants if asked in (entrant.name, entrant.family)), None)
+        return _best(strategies)
+    if asked in whole:  # an arm, whether or not its rank is the best
+        arm = scores.plan.arms[asked]
+        return Entrant(asked, arm.family, asked, scores.dice(asked), () if arm.rank is None else (arm.rank,))
+    return next((entrant for entrant in methods if entrant.family == asked), None)
 
 
 def _best(entrants: Sequence[Entrant]) -> Entrant | None:

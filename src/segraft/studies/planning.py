@@ -116,11 +116,12 @@ def plan(study: Study, runs: Runs, *, device: str = "auto", console: Console | N
     cases = draw(cohort.cases, study.patients or patients, seed=study.split_seed)
     digests = _Digests(console if console is not None and console.is_terminal else None)
     split = [held for _, held in folds(cases, study.folds, seed=study.split_seed)]
+    _check_apart(cohort, cases, digests)
     target = _Target(cohort, cohort.select_labels(study.labels), cases, digests, split)
     planned = []
     bases: dict[str, str] = {}
     for name, base in study.bases.items():
-        run = _base(study, base, {digests.image(case) for case in cases}, device, digests)
+        run = _base(study, base, cases, len(target.labels), device, digests)
         runs.add(run)
         bases[name] = run.key
         planned.append(Planned(run.key, name, seed=run.identity["settings"]["seed"]))
@@ -157,6 +158,18 @@ def _trainings(study: Study, arm: Arm) -> list[tuple[int, tuple[int, ...]]]:
     return [(seed, out) for seed in study.seeds for out in held if len(out) < study.folds]
 
 
+def _check_apart(cohort: Cohort, cases: Sequence[Case], digests: "_Digests") -> None:
+    """One scan under the names of two patients would be trained on and tested on."""
+    patients: dict[str, str] = {}
+    for case in digests.watched(cases):
+        other = patients.setdefault(digests.image(case), case.patient)
+        if other != case.patient:
+            raise SegraftError(
+                f"{cohort.path} has the same scan for the patients {other} and {case.patient} ({case.image}): keep "
+                "one, or give both the same patient."
+            )
+
+
 @dataclass(frozen=True)
 class _Target:
     """The cohort that the bases are adapted to."""
@@ -189,17 +202,27 @@ class _Target:
         return Run("adapt", identity, where, pattern, tuple(sorted(train)), tuple(sorted(test)), base)
 
 
-def _base(study: Study, base: Base, taken: set[str], device: str, digests: "_Digests") -> Run:
-    """The pre-training of one base, on patients none of whose scans is in the study itself."""
+def _base(
+    study: Study, base: Base, tested: Sequence[Case], count_of_labels: int, device: str, digests: "_Digests"
+) -> Run:
+    """The pre-training of one base, on patients none of whose scans is in the study itself (`tested`)."""
+    taken, patients = {digests.image(case) for case in tested}, {case.patient for case in tested}
     assert study.pretrain_data is not None  # noqa: S101
     cohort = Cohort.read(study.pretrain_data, patient_pattern=study.patient_pattern)
     served = {case.patient for case in digests.watched(cohort.cases) if digests.image(case) in taken}
+    if cohort.path.parent == Path(study.data or "").parent:
+        served |= patients  # two lists of one folder: other scans of the same patients
     free = [case for case in cohort.cases if case.patient not in served]
     count = base.patients or len({case.patient for case in free})
     if not free:
         raise SegraftError(f"every patient of {cohort.path} is in the study: pre-train on others, or draw fewer.")
     cases = sorted(draw(free, count, seed=study.split_seed), key=lambda case: case.id)
     labels = cohort.select_labels(study.pretrain_labels)
+    if len(labels) != count_of_labels:
+        raise SegraftError(
+            f"the bases of the study {study.name} learn {len(labels)} labels ({', '.join(labels.values())}), but "
+            f"{count_of_labels} are asked of the adaptations: name as many of each with labels and pretrain_labels."
+        )
     settings = _on(device, check_settings(**base.training))
     identity = {
         "format": FORMAT,

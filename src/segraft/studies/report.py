@@ -19,7 +19,6 @@ from segraft.evaluation.figures import comparison_figure, dice_figure
 from segraft.evaluation.metrics import spacing_of
 from segraft.evaluation.report import write_report
 from segraft.evaluation.volume_figure import volume_figure
-from segraft.jobs.run_folder import versions
 from segraft.studies import tables
 from segraft.studies.executing import MASKS
 from segraft.studies.judging import Entrant, Judgement, judge
@@ -29,10 +28,11 @@ from segraft.studies.scores import Scores, collect
 
 RUNS = "runs"
 REPORT, RESULTS, SCORES, FIGURES = "report.html", "results.json", "scores.csv", "figures"
+TESTED = "(one-sided tests: is the Dice higher? Benjamini-Hochberg corrected over the rows)"
 OPTIMISTIC = (
     "The best rank of a method is chosen on the very patients its Dice is then reported for, as the paper does: that "
     "is optimistic. Where a row names one rank per fold, each was chosen inside the training folds, without the fold "
-    "that it is tested on."
+    "that it is tested on. The best strategy, where it is the reference, is chosen on the same patients too."
 )
 
 
@@ -48,7 +48,10 @@ def results_of(out: Path) -> tuple[Scores, Judgement]:
 
 def tables_of(scores: Scores, judgement: Judgement) -> list[tuple[str, pd.DataFrame]]:
     """(caption, frame) of every table that has rows."""
-    reference = "" if judgement.reference is None else f" against {judgement.reference.name}"
+    against, against_inside = (
+        "" if reference is None else f" against {reference.name} {TESTED}"
+        for reference in (judgement.reference, judgement.nested_reference)
+    )
     found = [
         ("Modules that each strategy trains whole", tables.modules(scores.plan.study)),
         ("Arms", tables.arms(scores)),
@@ -61,8 +64,8 @@ def tables_of(scores: Scores, judgement: Judgement) -> list[tuple[str, pd.DataFr
             "Methods, rank chosen inside the training folds (one per fold)",
             tables.by_volume(judgement, judgement.nested),
         ),
-        (f"Methods at their best rank{reference}", _tests(judgement.tests)),
-        (f"Methods, rank chosen inside the training folds{reference}", _tests(judgement.nested_tests)),
+        (f"Methods at their best rank{against}", _tests(judgement.tests)),
+        (f"Methods, rank chosen inside the training folds{against_inside}", _tests(judgement.nested_tests)),
         ("Predicted and annotated volumes", tables.volumes(judgement)),
     ]
     return [(caption, frame) for caption, frame in found if len(frame)]
@@ -80,6 +83,8 @@ def write_study_report(out: Path) -> Path:
     scores, judgement = results_of(out)
     study = scores.plan.study
     figures, drawn = _figures(scores, judgement, out)
+    for left in (out / FIGURES).glob("*.png"):
+        left.unlink()
     for number, (_, png) in enumerate(figures, start=1):
         with replacing(out / FIGURES / f"{number}.png") as aside:
             aside.write_bytes(png)
@@ -96,8 +101,17 @@ def write_study_report(out: Path) -> Path:
         tables=tables_of(scores, judgement),
         figures=figures,
         appendix=[("Runs: where each number comes from", tables.runs(scores))],
-        details={"study": study.model_dump(mode="json"), **versions()},
+        details={"study": study.model_dump(mode="json"), **made_with(scores)},
     )
+
+
+def made_with(scores: Scores) -> dict[str, str]:
+    """Versions that the finished runs were done with; several where they differ."""
+    found: dict[str, dict[str, None]] = {}
+    for run in scores.finished.values():
+        for library, version in run.get("versions", {}).items():
+            found.setdefault(library, {})[version] = None
+    return {library: ", ".join(known) for library, known in found.items()}
 
 
 def as_json(scores: Scores, judgement: Judgement) -> dict[str, Any]:
@@ -199,7 +213,10 @@ def _masks(scores: Scores, judgement: Judgement, out: Path) -> list[tuple[str, b
         case = next(case for case in cohort.cases if case.patient == patient)
         masks = {entrant.name: _mask(scores, entrant, case, out) for entrant in everyone}
         found.append(
-            (f"{case.id}, {dict(order)[patient]:.1f} mL annotated", _picture(case, masks, labels, study.preparation))
+            (
+                f"{case.id}, {dict(order)[patient]:.1f} mL annotated in this patient",
+                _picture(case, masks, labels, study.preparation),
+            )
         )
     return found
 

@@ -72,7 +72,7 @@ class Study(_Part):
             never pre-train.
         pretrain_labels: of that.
         folds: of the cross-validation, by patient.
-        seeds: of the trainings: everything is done once with each.
+        seeds: of the adaptations: each is done once with each. (Of a base: `seed` in its training.)
         split_seed: of the draw of patients and of the folds.
         preparation: of the scans, fields of `Preparation`.
         bases: by name.
@@ -118,8 +118,8 @@ class Study(_Part):
     @field_validator("seeds")
     @classmethod
     def _different(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError("a seed is there twice")
+        if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise ValueError("seeds must differ, and none be below 0")
         return seeds
 
     @model_validator(mode="after")
@@ -147,8 +147,15 @@ class Study(_Part):
         return self
 
     def settings(self, changes: Mapping[str, Any], *, seed: int) -> TrainingSettings:
-        """Of one adaptation."""
-        return settings_of({**self.training, **changes, "seed": seed})
+        """Of one adaptation.
+
+        Raises:
+            SegraftError: a value that does not fit, or a seed, which the study's `seeds` give.
+        """
+        given = {**self.training, **changes}
+        if "seed" in given:
+            raise SegraftError("training setting seed is given by the study's seeds: name it there.")
+        return settings_of({**given, "seed": seed})
 
 
 def settings_of(values: Mapping[str, Any]) -> TrainingSettings:
@@ -209,7 +216,10 @@ class Arm(_Part):
                 f"adapter: {unknown[0]!r} is no further field of an adapter: choose among {', '.join(sorted(known))}."
             )
         rank = {} if self.rank is None else {"rank": self.rank}
-        return AdapterSpec(self.method, **{**rank, **self.adapter, "train": train})
+        try:
+            return AdapterSpec(self.method, **{**rank, **self.adapter, "train": train})
+        except (TypeError, AttributeError) as error:
+            raise SegraftError(f"adapter: a field has a value of another type than it takes ({error}).") from error
 
 
 def arms_of(arms: Arms) -> list[Arm]:
