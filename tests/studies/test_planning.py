@@ -336,3 +336,27 @@ def test_planning_again_writes_the_same_requests(make_study, planned, tmp_path):
     planned(make_study())
     assert {path: path.read_bytes() for path in tmp_path.glob(f"runs/*/{REQUEST}")} == requests
     assert len(requests) == 11
+
+
+def test_one_scan_under_the_names_of_two_patients_is_refused(make_study, planned, own_cohorts):
+    shutil.copy(own_cohorts / "target/imagesTr/p0-s0.nii.gz", own_cohorts / "target/imagesTr/p4-s0.nii.gz")
+    with pytest.raises(SegraftError, match="the same scan for the patients p"):
+        planned(make_study(own_cohorts))
+
+
+def test_bases_and_adaptations_have_as_many_labels(make_study, planned):
+    with pytest.raises(SegraftError, match=r"learn 1 labels.*2 are asked"):
+        planned(make_study(labels=["core", "rim"]))
+
+
+def test_other_scans_of_the_studys_patients_in_the_same_folder_do_not_pretrain(
+    make_study, planned, own_cohorts, request_of
+):
+    """Two lists of one folder, as of one hospital: a scan of each patient in either."""
+    folder = own_cohorts / "source"
+    content = json.loads((folder / "dataset.json").read_text())
+    first = [entry for entry in content["training"] if "s0" in entry["image"]][:3]
+    (folder / "first.json").write_text(json.dumps({**content, "training": first}))
+    study = make_study(own_cohorts, data=str(folder / "first.json"), pretrain_data=str(folder / "dataset.json"))
+    (base,) = bases(planned(study))
+    assert patients_of(request_of(base).train) == {"q3"}

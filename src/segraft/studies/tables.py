@@ -15,7 +15,7 @@ from segraft.training.strategies import selectors
 def modules(study: Study) -> pd.DataFrame:
     """Table 2: what each strategy trains."""
     rows = {
-        (strategy, arms.base): ", ".join(selectors([strategy])) or "nothing"
+        (strategy, arms.base): ", ".join(selectors([strategy])).replace(".*", "everything") or "nothing"
         for arms in study.arms
         for strategy in (each.lower() for each in arms.strategies)
         if "none" in arms.methods
