@@ -376,6 +376,7 @@ def test_there_must_be_a_device_per_process(monkeypatch, cuda, mps, device, says
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(sys, "argv", [__file__])  # pytest-xdist's processes were started from no file
     settings = check_settings(device=device, devices=2)
     if says is None:
         assert (Team.join(settings).rank, Team.join(settings).size) == (0, 2)
@@ -389,6 +390,7 @@ def test_a_script_keeps_its_processes(monkeypatch, rank, devices, refused):
     """Once two processes train together, a training of one is for the first, and one of four for none."""
     for name, value in {"is_initialized": True, "get_world_size": 2, "get_rank": rank}.items():
         monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr(sys, "argv", [__file__])
     settings = check_settings(device="cpu", devices=devices, volumes=4)
     if not refused:
         assert Team.join(settings).size == devices
