@@ -18,7 +18,7 @@ from segraft.studies.running import run_study
 from segraft.studies.worker import do as do_run
 
 WORKER = """
-import json, os, signal, sys, time
+import json, os, signal, sys
 for line in sys.stdin:
     folder = json.loads(line)
     what = os.path.basename(folder)
@@ -29,8 +29,8 @@ for line in sys.stdin:
         sys.exit(int(what[4:]))
     if what == "said":
         print("x" * 2_000_000, file=sys.stderr, flush=True)
-    while what == "long":
-        time.sleep(1)
+    if what == "long":
+        signal.pause()
     said = what if what == "bad" else None
     answer = {"key": f"{os.getpid()}", "seconds": int(os.environ["OMP_NUM_THREADS"]), "failure": said}
     print(json.dumps(answer), flush=True)

@@ -141,12 +141,12 @@ def test_two_processes_never_hold_a_lock_together(tmp_path, start, until):
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path, start, until):
     code = (
-        "import time\n"
+        "import signal\n"
         "from pathlib import Path\n"
         "from segraft.studies.run import locked\n"
         f"with locked(Path({str(tmp_path)!r})):\n"
         f"    Path({str(tmp_path / 'in')!r}).touch()\n"
-        "    time.sleep(600)\n"
+        "    signal.pause()\n"
     )
     holder = start(code)
     until((tmp_path / "in").exists)
