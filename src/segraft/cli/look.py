@@ -8,7 +8,7 @@ import typer
 
 from segraft.cli import options
 from segraft.cli.app import json_object, show_json, show_line, show_table
-from segraft.cli.options import Common, NetworkArguments, takes
+from segraft.cli.options import Common, Network, NetworkArguments, takes
 
 if TYPE_CHECKING:
     from segraft.adapters import AdapterSpec
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @takes(spec=options.adapter, common=options.common)
 def params(
     *,
-    network: Annotated[str, typer.Option(help="unet, unet3d, multi_view_unet, or package.module:Class.")] = "unet",
+    network: Network = "unet",
     network_args: NetworkArguments = None,
     paper: Annotated[str | None, typer.Option(help="Count a paper's table on the real network: sah.")] = None,
     spec: "AdapterSpec",

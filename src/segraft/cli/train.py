@@ -11,7 +11,7 @@ import typer
 from segraft.allocation import keep_freed_memory
 from segraft.cli import options
 from segraft.cli.app import err, json_object, progress_console, show_json, show_line, show_notes, split
-from segraft.cli.options import Common, Data, Labels, NetworkArguments, OutFolder, PatientPattern, takes
+from segraft.cli.options import Common, Data, Labels, Network, NetworkArguments, OutFolder, PatientPattern, takes
 from segraft.errors import SegraftError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def pretrain(
     *,
     data: Data,
     out: OutFolder,
-    network: Annotated[str, typer.Option(help="unet, unet3d, multi_view_unet, or package.module:Class.")] = "unet3d",
+    network: Network = "unet3d",
     network_args: NetworkArguments = None,
     weights: Annotated[Path | None, typer.Option(help="Weights to start from (.safetensors, .pt).")] = None,
     labels: Labels = None,

@@ -15,9 +15,14 @@ from segraft.networks.unet import UNet
 
 @dataclass(frozen=True)
 class NetworkEntry:
-    """A network by name: what builds it, and the arguments that make it what its name says."""
+    """A network by name: what builds it, and the arguments that make it what its name says.
 
-    factory: Callable[..., nn.Module]
+    Attributes:
+        factory: a class, or `package.module:Class`, which is imported when it is asked for.
+        arguments: of it.
+    """
+
+    factory: Callable[..., nn.Module] | str
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -25,6 +30,8 @@ NETWORKS: dict[str, NetworkEntry] = {
     "unet": NetworkEntry(UNet),
     "unet3d": NetworkEntry(UNet, {"spatial_dims": 3, "widths": (32, 64, 128, 256), "norm": "instance"}),
     "multi_view_unet": NetworkEntry(MultiViewUNet),
+    # Hatamizadeh et al. 2022, as the few-shot paper takes it
+    "swin_unetr": NetworkEntry("monai.networks.nets.swin_unetr:SwinUNETR", {"feature_size": 48}),
 }
 """To add a network, add one entry. Parts of third-party networks are in `FOREIGN_PARTS`."""
 
@@ -63,6 +70,14 @@ FOREIGN_PARTS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Named parts of networks that do not name their own: class -> {part: module-name prefixes}."""
 
+_FUSED = {name: {r".*\.attn\.qkv": f"{place}/3"} for place, name in enumerate(("query", "key", "value"), start=1)}
+
+FOREIGN_PROJECTIONS: dict[str, dict[str, dict[str, str]]] = {
+    "monai.networks.nets.swin_unetr.SwinUNETR": _FUSED,
+    "monai.networks.nets.unetr.UNETR": _FUSED,
+}
+"""Attention projections of such networks: class -> {projection: {expression on layer names: its rows, as 'j/n'}}."""
+
 
 def build(
     network: str, *, in_channels: int, out_channels: int, arguments: Mapping[str, Any] | None = None
@@ -78,8 +93,9 @@ def build(
     Raises:
         SegraftError: an unknown name, a path that does not import, arguments that the constructor refuses.
     """
-    entry = NETWORKS.get(network) or NetworkEntry(_by_path(network))
-    accepted = inspect.signature(entry.factory).parameters
+    entry = NETWORKS.get(network) or NetworkEntry(network)
+    factory = _by_path(entry.factory) if isinstance(entry.factory, str) else entry.factory
+    accepted = inspect.signature(factory).parameters
     channels = {"in_channels": in_channels, "out_channels": out_channels}
     merged = {
         **{name: value for name, value in channels.items() if name in accepted},
@@ -87,7 +103,7 @@ def build(
         **(arguments or {}),
     }
     try:
-        net = entry.factory(**merged)
+        net = factory(**merged)
     except SegraftError:
         raise
     except ImportError as error:  # MONAI's carries a whole traceback in its message
@@ -97,8 +113,9 @@ def build(
     except Exception as error:
         raise SegraftError(f"network {network!r} refused its arguments {merged}: {error}.") from error
     path = f"{type(net).__module__}.{type(net).__qualname__}"
-    if path in FOREIGN_PARTS and not hasattr(net, "parts"):
-        net.__dict__["parts"] = FOREIGN_PARTS[path]
+    for attribute, foreign in (("parts", FOREIGN_PARTS), ("projections", FOREIGN_PROJECTIONS)):
+        if path in foreign and not hasattr(net, attribute):
+            net.__dict__[attribute] = foreign[path]
     return net
 
 
