@@ -225,8 +225,8 @@ def test_a_spec_with_any_other_value_is_read_or_refused(path, tmp_path, field, v
 def test_a_file_of_a_newer_version(path):
     rewrite(path, header=lambda header: {**header, "format": 99, "version": "9.0"})
     refused(lambda: load(make(), path), path, "segraft 9.0: update segraft")
-    rewrite(path, header=lambda header: {**header, "format": 1, "spec": {**header["spec"], "gate": "v"}})
-    refused(lambda: load(make(), path), path, "gate", "update segraft")
+    rewrite(path, header=lambda header: {**header, "format": 1, "spec": {**header["spec"], "routing": "v"}})
+    refused(lambda: load(make(), path), path, "routing", "update segraft")
 
 
 def drop(tensors):

@@ -81,8 +81,8 @@ def test_a_spec_survives_json(spec):
 
 
 def test_fields_of_a_newer_version_are_refused():
-    with pytest.raises(SegraftError, match=r"does not know \(gate\): update"):
-        AdapterSpec.from_dict({**AdapterSpec().to_dict(), "gate": "none"})
+    with pytest.raises(SegraftError, match=r"does not know \(routing\): update"):
+        AdapterSpec.from_dict({**AdapterSpec().to_dict(), "routing": "none"})
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_fields_of_a_newer_version_are_refused():
     [
         ({"method": "lorra"}, "unknown method 'lorra': choose one of none, lora"),
         ({"factorisation": "svd"}, "unknown factorisation 'svd': choose one of lora, lora_c"),
-        ({"scale": "alpha"}, "unknown scale 'alpha'"),
+        ({"scale": "beta"}, "unknown scale 'beta'"),
         ({"bias": "all"}, "unknown bias setting 'all'"),
         ({"magnitude_dim": 1}, "magnitude_dim 1"),
         ({"alpha": 0}, "alpha is 0"),

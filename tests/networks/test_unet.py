@@ -8,7 +8,7 @@ from segraft.adapters import AdapterSpec, graft, parameter_table
 from segraft.adapters.graft import grafted_layers
 from segraft.adapters.selection import base_parameters
 from segraft.errors import SegraftError
-from segraft.jobs.params import paper_table
+from segraft.jobs.papers import paper_table
 from segraft.networks import UNet
 
 NORMS = [None, "instance", "batch"]
@@ -33,18 +33,18 @@ def test_sums_by_hand():
 
 
 def test_table_3_at_rank_one():
-    rows = {row.method: row for row in paper_table("sah", 1)}
+    rows = {row["method"]: row for row in paper_table("sah", 1).rows}
     assert list(rows) == METHODS
-    assert [row.at_one for row in rows.values()] == [21_633, 29_441, 64_138, 71_946, 55_621, 47_813]
-    assert all(row.at_one == row.multiplied == row.counted for row in rows.values())
+    assert [row["at_one"] for row in rows.values()] == [21_633, 29_441, 64_138, 71_946, 55_621, 47_813]
+    assert all(row["at_one"] == row["multiplied"] == row["counted"] for row in rows.values())
 
 
 def test_table_3_at_rank_five():
-    rows = paper_table("sah", 5)
-    assert [row.multiplied for row in rows] == [5 * n for n in (21_633, 29_441, 64_138, 71_946, 55_621, 47_813)]
+    rows = paper_table("sah", 5).rows
+    assert [row["multiplied"] for row in rows] == [5 * n for n in (21_633, 29_441, 64_138, 71_946, 55_621, 47_813)]
     cp, conv, lora_c = 5 * (CP + OUTPUTS), 5 * CONV, 5 * (LORA_C + OUTPUTS)
     magnitudes = FIRST_DIMENSIONS  # one set, whatever the rank
-    assert [row.counted for row in rows] == [
+    assert [row["counted"] for row in rows] == [
         cp,
         cp + magnitudes,
         conv,
@@ -52,7 +52,7 @@ def test_table_3_at_rank_five():
         lora_c + magnitudes,
         lora_c,
     ]
-    assert [row.defaults for row in rows] == [
+    assert [row["defaults"] for row in rows] == [
         5 * CP,
         5 * CP + OUTPUTS,
         5 * CONV,
@@ -63,8 +63,22 @@ def test_table_3_at_rank_five():
 
 
 def test_no_table_of_another_paper():
-    with pytest.raises(SegraftError, match="choose sah"):
-        paper_table("arena", 1)
+    with pytest.raises(SegraftError, match="choose sah or arena"):
+        paper_table("samed", 1)
+
+
+def test_the_few_shot_papers_counts():
+    """LoRA there has 69,120 parameters of 62.19 M: "900 times fewer"."""
+    table = paper_table("arena", 8)
+    rows = {row["method"]: row for row in table.rows}
+    assert "62.19 M" in table.title
+    lora = rows["LoRA, rank 4 for each of q, k, v"]
+    assert (lora["frozen"], lora["times"]) == (69_120, 899.7)
+    widths = [48, 48, 96, 96, 192, 192, 384, 384]
+    assert lora["frozen"] == sum(12 * width + 12 * 3 * width for width in widths)
+    assert rows["ARENA, R = 8 at the start"]["frozen"] == sum(2 * (8 * width + 8 * width + 8) for width in widths)
+    assert rows["full"]["frozen"] == rows["full"]["decoder"] == 62_186_659
+    assert rows["linear probe"]["frozen"] == 49
 
 
 def test_table_3_network_has_23_adaptable_layers():

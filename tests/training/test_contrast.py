@@ -104,7 +104,7 @@ def test_equation_2_by_hand(settings):
         bright, dark = (1 / (1 + math.exp(-0.7 * x**gamma)) for x in image)
         # over the label and over its background, scaled by 2/n: LO / (L + O) is O / (1 + O) where L is 1, else 0
         expected -= weight * (bright / (1 + bright) + (1 - dark) / (2 - dark)) * 2 / 2
-    assert task.training_step(given, 0).item() == pytest.approx(expected, rel=1e-6)
+    assert task.training_step(given, 0)["loss"].item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "dora_c"])
@@ -120,7 +120,7 @@ def test_gradients_are_those_of_the_sum_written_out(settings, loss, copies, adap
                     value.add_(0.1 * torch.randn(value.shape))
     trained = [value for value in net.parameters() if value.requires_grad]
     given = batch()
-    value = SegmentationTask(net, settings(loss=loss, contrast_copies=copies), 1).training_step(given, 0)
+    value = SegmentationTask(net, settings(loss=loss, contrast_copies=copies), 1).training_step(given, 0)["loss"]
     found = torch.autograd.grad(value, trained)
 
     image, mask = given["image"][..., 0], given["label"][..., 0]
@@ -138,7 +138,7 @@ def test_gradients_are_those_of_the_sum_written_out(settings, loss, copies, adap
 @pytest.mark.parametrize("loss", LOSSES)
 def test_without_copies_the_step_is_the_loss_itself(settings, loss):
     net, given = Scaling(), batch(flat=False)
-    value = SegmentationTask(net, settings(loss=loss), 1).training_step(given, 0)
+    value = SegmentationTask(net, settings(loss=loss), 1).training_step(given, 0)["loss"]
     assert torch.equal(value, LOSSES[loss]()(net(given["image"]), given["label"]))
 
 
@@ -147,7 +147,7 @@ def test_where_contrast_changes_nothing_the_mixed_loss_is_the_loss(settings):
     given = batch()
     given["image"] = given["image"].round()
     steps = [
-        SegmentationTask(Scaling(), settings(loss="overlap", contrast_copies=copies), 1).training_step(given, 0)
+        SegmentationTask(Scaling(), settings(loss="overlap", contrast_copies=copies), 1).training_step(given, 0)["loss"]
         for copies in (0, 5)
     ]
     torch.testing.assert_close(*steps)
@@ -158,7 +158,7 @@ def test_one_pass_per_contrast_and_the_same_every_time(settings):
     net = Scaling()
     net.register_forward_pre_hook(lambda _module, given: seen.append(given[0].clone()))
     task, given = SegmentationTask(net, settings(contrast_copies=3), 1), batch()
-    first, second = task.training_step(given, 0), task.training_step(given, 0)
+    first, second = (task.training_step(given, 0)["loss"] for _ in range(2))
     assert torch.equal(first, second)
     assert len(seen) == 8
     assert all(torch.equal(one, other) for one, other in zip(seen[:4], seen[4:], strict=True))

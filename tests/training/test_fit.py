@@ -89,7 +89,7 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_steps(make_net, source, setti
 
     def spy(self, batch, batch_idx):
         loss = step(self, batch, batch_idx)
-        seen.append(loss.item())
+        seen.append(loss["loss"].item())
         return loss
 
     monkeypatch.setattr(SegmentationTask, "training_step", spy)

@@ -15,6 +15,7 @@ WRONG = [
     *(("loss", value) for value in ("dice", "", None)),
     *(("volumes", value) for value in (0, 1.5)),
     *(("patches", value) for value in (0, -2)),
+    *(("patches_at_once", value) for value in (0, 1.5, "all")),
     *(("foreground", value) for value in (-0.01, 1.01, *NOT_A_NUMBER)),
     *(("contrast_copies", value) for value in (-1, 1.5, "some", None)),
     *(("augmentation", value) for value in ("wild", "", None, True)),
@@ -42,6 +43,16 @@ def test_a_wrong_value_is_one_sentence(name, value):
     assert text.startswith(f"training setting {name} = {value!r}: ")
     assert text.endswith(".")
     assert "\n" not in text
+
+
+def test_groups_of_patches_are_for_one_process():
+    with pytest.raises(SegraftError, match="patches_at_once is for one process"):
+        check_settings(patches_at_once=1, devices=2)
+
+
+def test_records_leave_out_what_is_not_set():
+    assert "patches_at_once" not in check_settings().model_dump()
+    assert check_settings(patches_at_once=2).model_dump(mode="json")["patches_at_once"] == 2
 
 
 def test_every_setting_is_checked():

@@ -35,8 +35,9 @@ class Layout:
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """[rows, columns] of a weight, or of a `right`, which has size 1 in the dimensions held; a view if it can."""
-        rows = tensor.shape[0] * math.prod([tensor.shape[d] for d in self.order[1 : self.split]])
-        return tensor.permute(self.order).reshape(rows, -1)
+        sizes = [tensor.shape[d] for d in self.order]
+        # Both are named: a tensor of rank 0 has no -1.
+        return tensor.permute(self.order).reshape(math.prod(sizes[: self.split]), math.prod(sizes[self.split :]))
 
     def tensor(self, matrix: Tensor, shape: torch.Size) -> Tensor:
         """The inverse of `matrix`: a view."""

@@ -118,7 +118,8 @@ class ParameterTable:
 def parameter_table(net: nn.Module) -> ParameterTable:
     """Count the parameters of a network, grafted or not.
 
-    Kinds are `weights` for the base and, for adapters, `factors`, `magnitude`, `bias` and `whole` (trained whole).
+    Kinds are `weights` for the base and, for adapters, `factors`, `gate`, `magnitude`, `bias` and `whole` (trained
+    whole).
     """
     parts = parts_of(net)
     counts: Counter[tuple[str, str, str, bool]] = Counter()
@@ -151,5 +152,5 @@ def parameter_table(net: nn.Module) -> ParameterTable:
 
 def _kind(edit: Edit, name: str) -> str:
     if isinstance(edit, LowRank):
-        return "magnitude" if name == "m" else "factors"
+        return {"m": "magnitude", "v": "gate"}.get(name, "factors")
     return "bias" if isinstance(edit, BiasFactor) else "whole" if isinstance(edit, Replacement) else "other"

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from segraft.adapters.composing import channel_norm, compose
-from segraft.adapters.formulas import contraction, initial_factors
+from segraft.adapters.formulas import contraction, initial_factors, unit_factors
 from segraft.adapters.layers import WeightSlot, composing_dtype
+from segraft.adapters.spec import Gate
 from segraft.adapters.stages import Matrices, matrices
 
 
@@ -36,6 +37,8 @@ class Edit(nn.Module):
 class LowRank(Edit):
     """`V = W0 + scaling·ΔW(factors)`, and with a magnitude `m · V/‖V‖` per output channel (DoRA).
 
+    With a gate, `v` [R] weighs the R directions of ΔW (ARENA, AdaLoRA); a direction of weight zero is not in use.
+
     The norm is part of the graph, as in equation 8 of the haemorrhage paper. With the factors at their start the
     result equals W0 bit for bit: ΔW is 0 and m/‖V‖ is a number divided by itself.
     """
@@ -52,18 +55,23 @@ class LowRank(Edit):
         magnitude_dim: int | None,
         rows: tuple[int, int] | None,
         generator: torch.Generator,
+        gate: Gate = "none",
     ) -> None:
         super().__init__(slot.weight)
         self.slot, self.rank, self.scaling, self.rows = slot, rank, scaling, rows
+        self.initial_rank = rank
         self.factorisation, self.magnitude_dim = factorisation, magnitude_dim
         base = self._block(weight.detach()).to(composing_dtype(weight.dtype))
         self.contraction = contraction(factorisation, base.ndim - 2)
+        drawn = unit_factors if gate == "zero" else initial_factors
         for name, value in zip(
-            self.contraction.names,
-            initial_factors(self.contraction, tuple(base.shape), rank, generator),
-            strict=True,
+            self.contraction.names, drawn(self.contraction, tuple(base.shape), rank, generator), strict=True
         ):
             self.register_parameter(name, nn.Parameter(value.to(base)))
+        self.v: nn.Parameter | None = None
+        if gate != "none":
+            weights = torch.empty(rank).uniform_(-1, 1, generator=generator) if gate == "uniform" else torch.zeros(rank)
+            self.v = nn.Parameter(weights.to(base))
         self.m = nn.Parameter(channel_norm(base, slot, magnitude_dim)) if magnitude else None
 
     def _block(self, weight: Tensor) -> Tensor:
@@ -74,9 +82,52 @@ class LowRank(Edit):
         return [getattr(self, name) for name in self.contraction.names]
 
     def scaled_factors(self) -> list[Tensor]:
-        """The factors in at least float32, the first multiplied by the scaling (and not the large product)."""
+        """The factors in at least float32, the first multiplied by scaling and gate (and not the large product)."""
         first, *others = (factor.to(composing_dtype(factor.dtype)) for factor in self.factors())
+        if self.v is not None:
+            letters, bottleneck = self.contraction.factors[0], self.contraction.bottleneck
+            first = first * self.v.to(first.dtype).view([-1 if letter == bottleneck else 1 for letter in letters])
         return [self.scaling * first, *others]
+
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """Both sides of the directions without gate and scaling, [R, …] each: ΔW = Σ_r v[r] · left[r] ⊗ right[r]."""
+        first, *others = (factor.to(composing_dtype(factor.dtype)) for factor in self.factors())
+        product, bottleneck = others[-1], self.contraction.bottleneck
+        for step, factor in zip(self.contraction.steps[:-1], reversed(others[:-1]), strict=True):
+            product = torch.einsum(step, factor, product)
+        letters = self.contraction.steps[-1].split("->")[0].split(",")
+        left, right = (
+            side.movedim(names.index(bottleneck), 0).flatten(1)
+            for side, names in zip((first, product), letters, strict=True)
+        )
+        return left, right
+
+    def in_use(self) -> Tensor:
+        """Indices of the directions whose gate is not zero; without a gate, all."""
+        if self.v is None:
+            return torch.arange(self.rank)
+        return self.v.detach().nonzero().flatten()
+
+    def of_directions(self, directions: Tensor) -> dict[str, Tensor]:
+        """Factors and gate, by name, of some of the directions alone; not copies where all are asked for."""
+        held = dict(zip(self.contraction.names, self.contraction.factors, strict=True))
+        bottleneck = self.contraction.bottleneck
+        if self.v is not None:
+            held["v"] = bottleneck
+        if len(directions) == self.rank:
+            return {name: getattr(self, name) for name in held}
+        return {
+            name: getattr(self, name).index_select(letters.index(bottleneck), directions.to(getattr(self, name).device))
+            for name, letters in held.items()
+            if bottleneck in letters
+        }
+
+    def keep(self, directions: Tensor) -> None:
+        """Drop all but some of the directions, for good. An optimiser that holds the factors has to be made anew."""
+        for name, value in self.of_directions(directions).items():
+            before: nn.Parameter = getattr(self, name)
+            self.register_parameter(name, nn.Parameter(value.detach(), requires_grad=before.requires_grad))
+        self.rank = len(directions)
 
     def matrices(self) -> Matrices:
         """scaling·ΔW as a product of two matrices."""

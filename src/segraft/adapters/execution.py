@@ -109,8 +109,8 @@ def _is_trained(edit: Edit) -> bool:
 
 
 def _can_adapt(trained: Edit) -> bool:
-    """Whether `AdaptedLayer` serves: low rank, of the whole weight, without groups."""
-    whole = isinstance(trained, LowRank) and trained.rows is None and trained.slot.groups == 1
+    """Whether `AdaptedLayer` serves: low rank (but not none), of the whole weight, without groups."""
+    whole = isinstance(trained, LowRank) and trained.rows is None and trained.slot.groups == 1 and trained.rank > 0
     return whole and _can_divide_by(trained)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from segraft._version import __version__
 from segraft.adapters.graft import RECORD, Net, activate, graft, grafted_layers, record_of, ungraft
 from segraft.adapters.grafted import grafts_of
+from segraft.adapters.rank_control import gated_edits
 from segraft.adapters.selection import base_parameters, modules_by_name
 from segraft.adapters.spec import AdapterSpec
 from segraft.atomic import replacing
@@ -36,6 +37,7 @@ class AdapterHeader:
         record: whatever was saved with it: base network, labels, preparation, training.
         version: of Segraft, when it was written.
         tensors: key -> shape.
+        ranks: of gated updates, key -> (directions in the file, which are those in use; directions at the start).
     """
 
     path: Path
@@ -44,6 +46,7 @@ class AdapterHeader:
     record: dict[str, Any]
     version: str
     tensors: dict[str, tuple[int, ...]]
+    ranks: dict[str, tuple[int, int]]
 
 
 class BaseMismatchError(SegraftError):
@@ -75,7 +78,7 @@ def save(
     *,
     record: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write one adapter to one file.
+    """Write one adapter to one file. Of gated updates only the directions in use are written.
 
     Args:
         net: a grafted network.
@@ -103,7 +106,10 @@ def save(
         "base": fingerprint(net),
         "record": dict(record or {}),
     }
-    tensors = {key: value.detach().cpu().contiguous() for key, value in adapter_tensors(net, name).items()}
+    gated = gated_edits(net, name)
+    if gated:
+        header["ranks"] = {key: edit.initial_rank for key, edit in gated.items()}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in _in_use(net, name).items()}
     with replacing(path) as aside:
         aside.write_bytes(to_bytes(tensors, metadata={"segraft": json.dumps(header, allow_nan=False)}))
     return Path(path)
@@ -117,6 +123,14 @@ def adapter_tensors(net: nn.Module, name: str) -> dict[str, Tensor]:
         if name in grafts_of(layer)
         for key, value in grafts_of(layer)[name].state_dict(keep_vars=True).items()
     }
+
+
+def _in_use(net: nn.Module, name: str) -> dict[str, Tensor]:
+    """The tensors of one adapter, without the directions that a gate of zero takes out of use."""
+    tensors = adapter_tensors(net, name)
+    for key, edit in gated_edits(net, name).items():
+        tensors |= {f"{key}.{factor}": value for factor, value in edit.of_directions(edit.in_use()).items()}
+    return tensors
 
 
 def read_header(path: str | os.PathLike[str]) -> AdapterHeader:
@@ -149,7 +163,8 @@ def _header(path: Path, header: dict[str, Any], tensors: dict[str, tuple[int, ..
     if not isinstance(header["base"], str) or not isinstance(header["record"], dict):
         raise TypeError
     spec = AdapterSpec.from_dict(header["spec"])
-    return AdapterHeader(path, spec, header["base"], header["record"], header["version"], tensors)
+    ranks = {key: (tensors[f"{key}.v"][0], int(start)) for key, start in header.get("ranks", {}).items()}
+    return AdapterHeader(path, spec, header["base"], header["record"], header["version"], tensors, ranks)
 
 
 def load(net: Net, path: str | os.PathLike[str], name: str = "default") -> Net:
@@ -175,6 +190,9 @@ def load(net: Net, path: str | os.PathLike[str], name: str = "default") -> Net:
         graft(net, header.spec, name)
     except SegraftError as error:
         raise SegraftError(f"{header.path} does not fit this network: {error}") from error
+    for key, edit in gated_edits(net, name).items():
+        used, edit.initial_rank = header.ranks.get(key, (edit.rank, edit.rank))
+        edit.keep(torch.arange(min(used, edit.rank)))
     tensors = adapter_tensors(net, name)
     problem = _difference(_forms(tensors), _forms(loaded))
     if problem:

@@ -61,6 +61,12 @@ class Contraction:
     names: tuple[str, ...]
     steps: tuple[str, ...]
 
+    @property
+    def bottleneck(self) -> str:
+        """The letter of the directions that a gate weighs: that of the first factor with size R."""
+        (letter,) = set(self.factors[0]) - set("oi" + KERNEL_LETTERS)
+        return letter
+
     def shapes(self, weight_shape: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], ...]:
         """The shape of each factor for a weight [o, i, *kernel]."""
         size = dict(zip("oi" + KERNEL_LETTERS, weight_shape, strict=False))
@@ -92,6 +98,16 @@ def contraction(name: str, kernel_modes: int) -> Contraction:
         steps.append(f"{factors[position]},{product}->{kept}")
         product = kept
     return Contraction(tuple(factors), formula.names[: len(factors)], tuple(steps))
+
+
+def unit_factors(
+    contraction: Contraction, weight_shape: tuple[int, ...], rank: int, generator: torch.Generator
+) -> list[Tensor]:
+    """Gaussian factors of which each direction is a tensor of size one (in the mean), as of a singular vector pair."""
+    return [
+        torch.empty(shape).normal_(0, (rank / max(1, math.prod(shape))) ** 0.5, generator=generator)
+        for shape in contraction.shapes(weight_shape, rank)
+    ]
 
 
 def initial_factors(

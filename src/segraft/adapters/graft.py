@@ -141,6 +141,7 @@ def _build(
                 magnitude_dim=spec.magnitude_dim,
                 rows=rows,
                 generator=generator,
+                gate=spec.gate or "none",
             )
             if bias is not None and bias_is_free and spec.bias == "low_rank":
                 bias_rows = chosen.slot.bias_rows(rows, weight.shape[0])

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from segraft.adapters.grafted import ATTRIBUTE, LayerGrafts
 from segraft.adapters.layers import WeightSlot, row_block, weight_slots, why_not
-from segraft.adapters.spec import AdapterSpec
+from segraft.adapters.spec import PRESETS, AdapterSpec
 from segraft.errors import SegraftError
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -32,6 +32,16 @@ def parts_of(net: nn.Module) -> Mapping[str, tuple[str, ...]]:
     """The named parts of a network, `{part: module-name prefixes}`: its attribute `parts`, empty where it has none."""
     parts = getattr(net, "parts", None)
     return parts if isinstance(parts, Mapping) else {}
+
+
+def projections_of(net: nn.Module) -> Mapping[str, Mapping[str, str]]:
+    """Where a network's attention has its `query`, `key` and `value`: its attribute `projections`.
+
+    Projection -> {regular expression for layer names: its rows in their fused weight, as 'j/n'}; empty where the
+    network names none.
+    """
+    projections = getattr(net, "projections", None)
+    return projections if isinstance(projections, Mapping) else {}
 
 
 def modules_by_name(net: nn.Module) -> dict[nn.Module, list[str]]:
@@ -66,7 +76,7 @@ class Place:
     """A part of the network by name, or a regular expression for whole names."""
 
     def __init__(self, net: nn.Module, text: str) -> None:
-        self.text, self.known = text, tuple(parts_of(net))
+        self.text, self.known, self.projections = text, tuple(parts_of(net)), tuple(projections_of(net))
         self.prefixes = parts_of(net).get(text)
         try:
             self.pattern = re.compile(text)
@@ -82,6 +92,8 @@ class Place:
     def nothing(self, what: str) -> SegraftError:
         """The error for a place where there is nothing to adapt."""
         parts = f"its parts are {', '.join(self.known)}" if self.known else "it names no parts"
+        if self.projections:
+            parts += f", its projections {', '.join(self.projections)}"
         return SegraftError(
             f"{self.text!r} matches no {what} of this network: {parts}; "
             "a regular expression must match a whole name, such as 'decoder\\..*'."
@@ -171,9 +183,10 @@ def select_weights(net: nn.Module, spec: AdapterSpec, trained_whole: Sequence[Se
         return []
     names = modules_by_name(net)
     owners = _owners(names)
-    targets = None if spec.targets is None else _Places(net, spec.targets)
+    wanted, blocks_of = _with_projections(net, spec)
+    targets = None if wanted is None else _Places(net, wanted)
     exclude = _Places(net, spec.exclude)
-    ranks, slices = _Places(net, spec.ranks), _Places(net, spec.slices)
+    ranks, slices = _Places(net, spec.ranks), _Places(net, blocks_of)
     whole = {(id(selected.layer), selected.tensor) for selected in trained_whole}
     chosen = []
     for module, module_names in names.items():
@@ -189,7 +202,7 @@ def select_weights(net: nn.Module, spec: AdapterSpec, trained_whole: Sequence[Se
                 "convolution nor attention; exclude it, or train it whole."
             )
         rank = [spec.rank, *(spec.ranks[place] for place in ranks.matching(module_names))][-1]
-        blocks = [None, *(spec.slices[place] for place in slices.matching(module_names))][-1]
+        blocks = [None, *(blocks_of[place] for place in slices.matching(module_names))][-1]
         for slot in slots:
             if (id(module), slot.weight) in whole and targets is None:
                 continue
@@ -204,6 +217,21 @@ def select_weights(net: nn.Module, spec: AdapterSpec, trained_whole: Sequence[Se
             "'none', or name targets to have factors on top of what is trained whole."
         )
     return chosen
+
+
+def _with_projections(net: nn.Module, spec: AdapterSpec) -> tuple[Sequence[str] | None, dict[str, tuple[str, ...]]]:
+    """Targets and slices of a spec, with the projections that it names (or its method prefers) as layers and rows."""
+    named = projections_of(net)
+    wanted: Sequence[str] | None = spec.targets
+    if wanted is None:
+        preferred = PRESETS[spec.method].projections
+        wanted = preferred if preferred and set(preferred) <= set(named) else None
+    blocks: dict[str, tuple[str, ...]] = {}
+    for text in wanted or ():
+        for layers, rows in named.get(text, {}).items():
+            blocks[layers] = (*blocks.get(layers, ()), rows)
+    places = None if wanted is None else [p for text in wanted for p in named.get(text, (text,))]
+    return places, blocks | {place: tuple(rows) for place, rows in spec.slices.items()}
 
 
 class _Places:

@@ -5,20 +5,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
+from segraft.adapters.controls import Budget, Fixed, Proximal, RankControl, as_control
 from segraft.adapters.formulas import FORMULAS
 from segraft.errors import SegraftError
 
-Scale = Literal["alpha/r", "alpha/sqrt(r)"]
+Scale = Literal["alpha/r", "alpha/sqrt(r)", "alpha"]
+Gate = Literal["none", "uniform", "zero"]
 Bias = Literal["frozen", "low_rank", "train"]
+
+
+FIXED = Fixed()
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A named point in the space of methods. To add a method, add one entry to `PRESETS`."""
+    """A named point in the space of methods. To add a method, add one entry to `PRESETS`.
+
+    Attributes:
+        projections: attention projections that it adapts, unless told otherwise, in networks that name them.
+    """
 
     factorisation: str | None
     magnitude: bool = False
     scale: Scale = "alpha/r"
+    gate: Gate = "none"
+    control: RankControl = FIXED
+    projections: tuple[str, ...] = ()
     formula: str = ""
     source: str = ""
 
@@ -36,6 +48,23 @@ PRESETS: dict[str, Preset] = {
         "lora", magnitude=True, formula="m · V/‖V‖, V as in conv_lora", source="Minoccheri et al. 2025"
     ),
     "cp_dora": Preset("cp", magnitude=True, formula="m · V/‖V‖, V as in cp_lora", source="Minoccheri et al. 2025"),
+    "arena": Preset(
+        "lora",
+        scale="alpha",
+        gate="uniform",
+        control=Proximal(),
+        projections=("key", "value"),
+        formula="W0 + B·diag(v)·A, λ‖v‖₁ by proximal steps",
+        source="Baklouti et al. 2025",
+    ),
+    "ada_lora": Preset(
+        "lora",
+        scale="alpha",
+        gate="zero",
+        control=Budget(),
+        formula="W0 + P·diag(v)·Q, a budget over the directions",
+        source="Zhang et al. 2023",
+    ),
 }
 
 
@@ -47,15 +76,23 @@ class AdapterSpec:
     whole module name (`decoder\..*`).
 
     Attributes:
-        method: a key of `PRESETS`. It fills `factorisation`, `magnitude` and `scale` where these are None.
+        method: a key of `PRESETS`. It fills `factorisation`, `magnitude`, `scale`, `gate` and `control` where these
+            are None.
         rank: R ≥ 1. It may exceed the weight's own rank (over-parametrisation).
-        alpha: α; None means 2·R, as LoRA-C proposes and the haemorrhage paper adopts.
+        alpha: α; None means 2·R, as LoRA-C proposes and the haemorrhage paper adopts (or 1,
+            where the scale is α itself).
         factorisation: a key of `segraft.adapters.FORMULAS`.
         magnitude: a trained magnitude per output channel (DoRA).
-        scale: of the update.
+        scale: of the update; `alpha` is α itself.
+        gate: diag(v) between the factors. `uniform`: v starts in [−1, 1], and the first factor at zero; `zero`: v at
+            zero, and directions of size one; `none`.
+        control: how the rank of a gated update is controlled (`segraft.adapters.controls`): a control, the name of
+            its kind, or its settings as a mapping.
         magnitude_dim: None: true output channels. 0: the first stored dimension (reproduces the paper's Table 3).
         bias: of the adapted layers: `frozen`; `low_rank`, an R×o factor summed over R; `train`, trained whole.
-        targets: places to adapt; None adapts every linear and convolution layer that `train` leaves frozen.
+        targets: places to adapt; also attention projections that the network names (`query`, `key`, `value`). None
+            adapts every linear and convolution layer that `train` leaves frozen (`arena`: the keys and values of
+            networks that name them).
         exclude: places never adapted and never trained whole; here also expressions on parameter names.
         ranks: place -> rank, for layers whose rank differs from `rank`; of several that match the last holds.
         slices: place -> row blocks 'j/n' of a fused weight, each with factors of its own. The k and v of a fused
@@ -75,6 +112,8 @@ class AdapterSpec:
     factorisation: str | None = None
     magnitude: bool | None = None
     scale: Scale | None = None
+    gate: Gate | None = None
+    control: RankControl | str | Mapping[str, Any] | None = None
     magnitude_dim: Literal[0] | None = None
     bias: Bias = "frozen"
     targets: str | Sequence[str] | None = None
@@ -88,9 +127,10 @@ class AdapterSpec:
         if preset is None:
             raise SegraftError(f"unknown method {self.method!r}: choose one of {', '.join(PRESETS)}.")
         settle = object.__setattr__  # the fields are frozen for everybody else
-        for name in ("factorisation", "magnitude", "scale"):
+        for name in ("factorisation", "magnitude", "scale", "gate"):
             if getattr(self, name) is None:
                 settle(self, name, getattr(preset, name))
+        settle(self, "control", as_control(self.control, preset.control))
         for name in ("targets", "exclude", "train"):
             value = getattr(self, name)
             if value is not None or name != "targets":
@@ -108,8 +148,15 @@ class AdapterSpec:
     def _check_options(self) -> None:
         if self.factorisation is not None and self.factorisation not in FORMULAS:
             raise SegraftError(f"unknown factorisation {self.factorisation!r}: choose one of {', '.join(FORMULAS)}.")
-        if self.scale not in ("alpha/r", "alpha/sqrt(r)"):
-            raise SegraftError(f"unknown scale {self.scale!r}: choose 'alpha/r' or 'alpha/sqrt(r)'.")
+        if self.scale not in ("alpha/r", "alpha/sqrt(r)", "alpha"):
+            raise SegraftError(f"unknown scale {self.scale!r}: choose 'alpha/r', 'alpha/sqrt(r)' or 'alpha'.")
+        if self.gate not in ("none", "uniform", "zero"):
+            raise SegraftError(f"unknown gate {self.gate!r}: choose 'none', 'uniform' or 'zero'.")
+        if self.gate == "none" and self.control != FIXED:
+            raise SegraftError(
+                f"rank control {self.rank_control.kind!r} works on a gate: choose gate 'uniform' or 'zero', or method "
+                "arena or ada_lora."
+            )
         if self.bias not in ("frozen", "low_rank", "train"):
             raise SegraftError(f"unknown bias setting {self.bias!r}: choose 'frozen', 'low_rank' or 'train'.")
         if self.magnitude_dim not in (None, 0):
@@ -132,11 +179,12 @@ class AdapterSpec:
             or self.ranks
             or self.slices
             or self.magnitude
+            or self.gate != "none"
             or self.bias != "frozen"
         ):
             raise SegraftError(
-                "method 'none' has no factors, so targets, exclude, ranks, slices, magnitude and bias have no meaning "
-                "with it."
+                "method 'none' has no factors, so targets, exclude, ranks, slices, magnitude, gate and bias have no "
+                "meaning with it."
             )
 
     def _check_ranks(self) -> None:
@@ -144,14 +192,24 @@ class AdapterSpec:
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise SegraftError(f"{what} is {rank!r}: it must be a whole number of at least 1.")
 
+    @property
+    def rank_control(self) -> RankControl:
+        """`control`, as it was settled."""
+        return as_control(self.control, FIXED)
+
     def scaling(self, rank: int) -> float:
-        """The factor in front of ΔW at `rank`: α/R, or α/√R where `scale` says so."""
+        """The factor in front of ΔW at `rank`: α/R, or α/√R or α where `scale` says so."""
+        if self.scale == "alpha":
+            return 1.0 if self.alpha is None else float(self.alpha)
         alpha = 2.0 * rank if self.alpha is None else float(self.alpha)
         return float(alpha / (rank if self.scale == "alpha/r" else rank**0.5))
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values; `from_dict` takes them back."""
-        return asdict(self)
+        """As plain JSON values; `from_dict` takes them back. A method without a gate leaves gate and control out."""
+        preset, values = PRESETS[self.method], asdict(self)
+        ungated = {"gate": "none", "control": asdict(FIXED)}
+        silent = preset.gate == "none" and all(values[name] == value for name, value in ungated.items())
+        return {name: value for name, value in values.items() if not (silent and name in ungated)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

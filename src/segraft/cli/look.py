@@ -1,6 +1,5 @@
 """`segraft params` and `segraft inspect`: what something is, without running it."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +11,7 @@ from segraft.cli.options import Common, Network, NetworkArguments, takes
 
 if TYPE_CHECKING:
     from segraft.adapters import AdapterSpec
+    from segraft.jobs.papers import PaperTable
 
 
 @takes(spec=options.adapter, common=options.common)
@@ -19,7 +19,7 @@ def params(
     *,
     network: Network = "unet",
     network_args: NetworkArguments = None,
-    paper: Annotated[str | None, typer.Option(help="Count a paper's table on the real network: sah.")] = None,
+    paper: Annotated[str | None, typer.Option(help="Count a paper's table on the real network: sah, arena.")] = None,
     spec: "AdapterSpec",
     common: Common,
 ) -> None:
@@ -27,7 +27,8 @@ def params(
 
     Example: `segraft params --network unet --method dora_c --rank 64`, or `segraft params --paper sah`
     """
-    from segraft.jobs.params import count, paper_table
+    from segraft.jobs.papers import paper_table
+    from segraft.jobs.params import count
 
     if paper is not None:
         _show_paper(paper_table(paper, spec.rank), spec.rank, as_json=common.as_json)
@@ -54,22 +55,17 @@ def params(
     )
 
 
-def _show_paper(rows: list[Any], rank: int, *, as_json: bool) -> None:
+def _show_paper(table: "PaperTable", rank: int, *, as_json: bool) -> None:
     if as_json:
-        show_json({"rank": rank, "rows": [asdict(row) for row in rows]})
+        show_json({"rank": rank, "rows": table.rows})
         return
-    counts = ((row.method, row.at_one, row.multiplied, row.counted, row.defaults) for row in rows)
-    show_table(
-        "Table 3 of Minoccheri et al. 2025, counted on the network",
-        ["method", "the table: R = 1", f"R · row, R = {rank}", f"counted, R = {rank}", f"our defaults, R = {rank}"],
-        ([method, *(f"{value:,}" for value in values)] for method, *values in counts),
-        right=4,
-    )
-    show_line(
-        "The table's layout: LoRA-C and CP also adapt biases with an R×o factor, magnitudes run over the first stored\n"
-        "dimension, the head has none. Magnitudes do not grow with R, so R times a DoRA row is more than there is.\n"
-        "Our defaults: biases frozen, one magnitude per true output channel of every layer."
-    )
+    texts = ([_counted(row[key]) for key in table.columns] for row in table.rows)
+    show_table(table.title, list(table.columns.values()), texts, right=len(table.columns) - 1)
+    show_line(table.remarks)
+
+
+def _counted(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:,}"
 
 
 @takes(common=options.common)
@@ -78,7 +74,7 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="Adapter file or base file, or the folder it is in.")],
     common: Common,
 ) -> None:
-    """What a file of Segraft is: spec, base, labels, preparation, training record.
+    """What a file of Segraft is: spec, base, labels, preparation, training record; where ranks adapt, those in use.
 
     Example: `segraft inspect run/adapter.safetensors`
     """
@@ -88,10 +84,27 @@ def inspect(
     if common.as_json:
         show_json(described)
         return
+    ranks = described.pop("ranks", {})
     cases = list(described.pop("cases", []))
     rows = [[name, _brief(value)] for name, value in described.items() if name != "path"]
     shown = [["cases", f"{len(cases)}: {', '.join(cases[:3])}{' …' if len(cases) > 3 else ''}"]] if cases else []
     show_table("", ["", described["path"]], [*rows, *shown])
+    if ranks:
+        used, start = (sum(pair[which] for pair in ranks.values()) for which in (0, 1))
+        bars = ([key, _bar(*pair), f"{pair[0]} / {pair[1]}"] for key, pair in ranks.items())
+        title = f"Rank in use: {used} of {start} directions, {used / len(ranks):.1f} per weight"
+        show_table(title, ["weight", "", "in use"], bars, right=1)
+
+
+WIDEST = 32
+"""Characters of the longest bar."""
+
+
+def _bar(used: int, start: int) -> str:
+    """One block per direction, or per several where a line would not hold them."""
+    each = -(-start // WIDEST)
+    full = -(-used // each)
+    return "█" * full + "░" * (-(-start // each) - full)
 
 
 def _brief(value: Any) -> str:

@@ -118,6 +118,14 @@ def training(
     patches: Annotated[
         int | None, typer.Option(help="Patches per scan and step [2].", rich_help_panel=TRAINING)
     ] = None,
+    patches_at_once: Annotated[
+        int | None,
+        typer.Option(
+            help="Patches that go through the network together, where a step's do not fit the memory; their gradients "
+            "add up [all].",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     foreground: Annotated[
         float | None, typer.Option(help="Share of patches centred on a label [0.5].", rich_help_panel=TRAINING)
     ] = None,
@@ -179,6 +187,7 @@ def training(
         "loss": loss,
         "volumes": volumes,
         "patches": patches,
+        "patches_at_once": patches_at_once,
         "foreground": foreground,
         "contrast_copies": contrast_copies,
         "augmentation": augmentation,
@@ -242,13 +251,24 @@ def preparation(
 
 def adapter(
     method: Annotated[str, typer.Option(help="Adapter method, or none.", rich_help_panel=ADAPTER)] = "dora_c",
-    rank: Annotated[int, typer.Option(help="R.", rich_help_panel=ADAPTER)] = 8,
-    alpha: Annotated[float | None, typer.Option(help="α [2·R].", rich_help_panel=ADAPTER)] = None,
+    rank: Annotated[int, typer.Option(help="R; of arena and ada_lora at the start.", rich_help_panel=ADAPTER)] = 8,
+    alpha: Annotated[float | None, typer.Option(help="α [2·R; arena, ada_lora: 1].", rich_help_panel=ADAPTER)] = None,
+    rank_control: Annotated[
+        str | None,
+        typer.Option(
+            help="How arena or ada_lora control the rank, where it differs from their papers, as a JSON object: of "
+            "arena penalty (λ) and step (ρ); of ada_lora target, warm_up, settled, every, smoothing, uncertainty, "
+            "orthogonality.",
+            rich_help_panel=ADAPTER,
+        ),
+    ] = None,
     bias: Annotated[str, typer.Option(help="frozen, low_rank or train.", rich_help_panel=ADAPTER)] = "frozen",
     targets: Annotated[
         list[str] | None,
         typer.Option(
-            help="Parts, or regular expressions on layer names; all layers, if left out.", rich_help_panel=ADAPTER
+            help="Parts, attention projections (query, key, value) where the network names them, or regular "
+            "expressions on layer names; all layers, if left out (arena: key and value).",
+            rich_help_panel=ADAPTER,
         ),
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="The same, left out.", rich_help_panel=ADAPTER)] = None,
@@ -263,12 +283,14 @@ def adapter(
 ) -> "AdapterSpec":
     """The spec of an adapter."""
     from segraft.adapters import AdapterSpec
+    from segraft.cli.app import json_object
     from segraft.training.strategies import selectors
 
     return AdapterSpec(
         method,
         rank=rank,
         alpha=alpha,
+        control=json_object(rank_control, "--rank-control") or None,
         bias=bias,  # type: ignore[arg-type]  # AdapterSpec checks it
         targets=targets or None,
         exclude=exclude or (),
@@ -276,7 +298,7 @@ def adapter(
     )
 
 
-Data = Annotated[Path, typer.Option(help="dataset.json in the Decathlon layout, or its folder.")]
+Data = Annotated[Path, typer.Option(help="dataset.json, a folder of TotalSegmentator or FLARE'22, or a .txt list.")]
 OutFolder = Annotated[Path, typer.Option("-o", "--out", help="Folder to write to.")]
 Network = Annotated[str, typer.Option(help="unet, unet3d, multi_view_unet, swin_unetr, or package.module:Class.")]
 NetworkArguments = Annotated[str | None, typer.Option(help="Keyword arguments of the network, as a JSON object.")]

@@ -24,6 +24,7 @@ def describe(path: str | Path) -> dict[str, Any]:
             "paper": PRESETS[header.spec.method].source,
             "base fingerprint": header.fingerprint,
             "tensors": len(header.tensors),
+            "ranks": {key: list(pair) for key, pair in header.ranks.items()},
             "parameters": sum(math.prod(shape) for shape in header.tensors.values()),
         }
     else:

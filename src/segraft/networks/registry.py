@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import nn
 
 from segraft.errors import SegraftError
@@ -117,6 +118,20 @@ def build(
         if path in foreign and not hasattr(net, attribute):
             net.__dict__[attribute] = foreign[path]
     return net
+
+
+def outline(
+    network: str, *, in_channels: int, out_channels: int, arguments: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """As `build`, for looking at layers and shapes: without memory for the weights where the network allows it.
+
+    Some compute with tensors while they are built (SwinUNETR); those get weights.
+    """
+    try:
+        with torch.device("meta"):
+            return build(network, in_channels=in_channels, out_channels=out_channels, arguments=arguments)
+    except SegraftError:
+        return build(network, in_channels=in_channels, out_channels=out_channels, arguments=arguments)
 
 
 def spatial_dims(net: nn.Module) -> int:

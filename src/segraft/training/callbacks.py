@@ -11,7 +11,9 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from segraft.adapters import ranks_in_use
 from segraft.atomic import replacing
+from segraft.training.module import SegmentationTask
 
 
 def has_converged(losses: Sequence[float], *, window: int = 20, tolerance: float = 0.01) -> bool:
@@ -27,7 +29,7 @@ def has_converged(losses: Sequence[float], *, window: int = 20, tolerance: float
 
 
 class History(Callback):
-    """Mean training loss of every epoch; seeds the global generator per step; stops on convergence.
+    """Mean training loss and rank in use of every epoch; seeds the global generator per step; stops on convergence.
 
     Its state travels in the checkpoint, and nothing random depends on what happened before a step, so that a
     resumed training continues exactly.
@@ -35,6 +37,7 @@ class History(Callback):
 
     def __init__(self, *, seed: int, stop_when_converged: bool) -> None:
         self.losses: list[float] = []
+        self.ranks: list[float] = []
         self.seed, self.stop_when_converged = seed, stop_when_converged
         self.converged = False
         self._sum, self._steps = torch.zeros(()), 0
@@ -73,22 +76,26 @@ class History(Callback):
         batch_idx: int,  # noqa: ARG002
     ) -> None:
         """Add up, without waiting for the device."""
-        self._sum += outputs["loss"].detach()
+        self._sum += outputs["reported"]
         self._steps += 1
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the epoch down and stop if nothing is gained any more: all processes alike, by the first one's loss."""
         self.losses.append(trainer.strategy.broadcast(float(self._sum) / max(1, self._steps)))
+        used = ranks_in_use(pl_module.net) if isinstance(pl_module, SegmentationTask) else None
+        if used is not None:
+            self.ranks.append(used.mean)
         if self.stop_when_converged and has_converged(self.losses):
             self.converged = trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"losses": list(self.losses), "converged": self.converged}
+        return {"losses": list(self.losses), "ranks": list(self.ranks), "converged": self.converged}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the checkpoint."""
-        self.losses, self.converged = list(state_dict["losses"]), bool(state_dict["converged"])
+        self.losses, self.ranks = list(state_dict["losses"]), list(state_dict["ranks"])
+        self.converged = bool(state_dict["converged"])
 
 
 class EpochCheckpoint(Checkpoint):
@@ -134,7 +141,8 @@ class ProgressBar(Callback):
         """Show the epoch's loss."""
         history = next(each for each in trainer.callbacks if isinstance(each, History))  # type: ignore[attr-defined]
         if history.losses:
-            self.progress.update(self.task, description=f"{self.title} · loss {history.losses[-1]:.3f}")
+            rank = f" · rank {history.ranks[-1]:.1f}" if history.ranks else ""
+            self.progress.update(self.task, description=f"{self.title} · loss {history.losses[-1]:.3f}{rank}")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Take it away, also after an error."""

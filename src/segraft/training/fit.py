@@ -3,6 +3,7 @@
 import logging
 import pickle
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -38,6 +39,9 @@ class Fit:
         converged: it stopped early by the convergence rule.
         seconds: wall time of this run (a resumed run counts its own part).
         device: what it ran on.
+        peak_bytes: most memory held at a time: of this process since it began, or of the GPU in the training; None
+            where the system does not tell.
+        ranks: of gated adapters, after every epoch the mean number of directions in use per weight.
         processes: how many trained together.
     """
 
@@ -45,12 +49,17 @@ class Fit:
     converged: bool
     seconds: float
     device: str
+    peak_bytes: int | None = None
+    ranks: tuple[float, ...] = ()
     processes: int = 1
 
     def summary(self) -> str:
         """In half a line."""
         stop = "converged" if self.converged else "done"
-        return f"loss {self.losses[-1]:.3f}, {stop} after {len(self.losses)} epochs, {self.seconds:.0f} s"
+        rank = f", rank {self.ranks[-1]:.1f} in use on average" if self.ranks else ""
+        peak = f", peak memory {self.peak_bytes / 2**30:.1f} GiB" if self.peak_bytes else ""
+        loss, epochs = self.losses[-1], len(self.losses)
+        return f"loss {loss:.3f}, {stop} after {epochs} epochs, {self.seconds:.0f} s{rank}{peak}"
 
 
 def fit(
@@ -116,6 +125,8 @@ def fit(
             enable_model_summary=False,
             deterministic="warn" if torch.cuda.is_available() else False,
         )
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         net.train()  # Lightning leaves the mode as it finds it
         with (
             ending_together(team, trainer),
@@ -125,9 +136,23 @@ def fit(
         ):
             trainer.fit(task, loader, ckpt_path=checkpoint if resume else None, weights_only=True if resume else None)
     seconds = time.perf_counter() - started
-    device = str(trainer.strategy.root_device)
+    device = trainer.strategy.root_device
+    peak = peak_bytes(device)
     net.to("cpu").eval()
-    return Fit(tuple(history.losses), history.converged, seconds, device, team.size)
+    losses, ranks = tuple(history.losses), tuple(history.ranks)
+    return Fit(losses, history.converged, seconds, str(device), peak, ranks, team.size)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Most memory held at a time: of the GPU since its count was reset, else of this process since it began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 @contextmanager

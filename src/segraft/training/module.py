@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from segraft.adapters import has_adapters, require_gradients
+from segraft.adapters import RankControlled, has_adapters, require_gradients
 from segraft.errors import SegraftError
 from segraft.training.contrast import ladder, with_contrast
 from segraft.training.distributed import Together
@@ -45,10 +46,37 @@ class SegmentationTask(LightningModule):
             raise SegraftError("nothing would be trained: choose an adapter method, or parts to train whole.")
         # A checkpoint leaves out the frozen base; `on_load_checkpoint` holds the rest to be complete.
         self.strict_loading = False
+        self.ranks = RankControlled(net, steps)
         self.checked = False
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Loss of one batch of patches, over the image and its copies at other contrasts (`contrast.ladder`).
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Loss of one batch of patches, whose groups (`patches_at_once`) go through the network one after another.
+
+        Returns:
+            "loss": what is still to be differentiated: of the last group, with what a rank control adds; "reported":
+            of the whole batch, without that.
+        """
+        if self.together is not None:
+            self.together.begin(batch_idx)
+        image, mask = batch["image"], batch["label"].to(torch.float32)
+        if image.shape[-1] == 1:
+            image, mask = image.squeeze(-1), mask.squeeze(-1)
+        size = self.settings.patches_at_once or len(image)
+        groups = list(zip(image.split(size), mask.split(size), strict=True))
+        reported = torch.zeros((), device=image.device)
+        if self.settings.patches_at_once is not None:
+            self.trainer.optimizers[0].zero_grad()  # Lightning does so after this step, too late for all but the last
+        for images, masks in groups[:-1]:
+            part = self._loss(images, masks, batch) * (len(images) / len(image))
+            self.trainer.strategy.backward(part, None)
+            reported += part.detach()
+        images, masks = groups[-1]
+        loss = self._loss(images, masks, batch) * (len(images) / len(image))
+        penalty = self.ranks.penalty()
+        return {"loss": loss if penalty is None else loss + penalty, "reported": reported + loss.detach()}
+
+    def _loss(self, image: Tensor, mask: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Loss of patches, over the image and its copies at other contrasts (`contrast.ladder`).
 
         The copies go through the network one after another rather than as one batch, for memory: a kernel's workspace,
         and what is recomputed in the backward pass, are those of one copy at a time (what is kept for that pass is the
@@ -56,11 +84,6 @@ class SegmentationTask(LightningModule):
 
         Several processes compute the loss of the whole batch, each with the gradient of its own part.
         """
-        if self.together is not None:
-            self.together.begin(batch_idx)
-        image, mask = batch["image"], batch["label"].to(torch.float32)
-        if image.shape[-1] == 1:
-            image, mask = image.squeeze(-1), mask.squeeze(-1)
         whole = self._whole(mask)
         losses = [
             contrast.weight
@@ -112,18 +135,37 @@ class SegmentationTask(LightningModule):
         require_recomputation(self.net)
         self.checked = True
 
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Between the step's last forward and backward pass; the groups before have left their gradients by then."""
+        if self.settings.patches_at_once is None:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """The optimiser's step, then that of the rank controls, with the same learning rate."""
+        rate = optimizer.param_groups[0]["lr"]
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.ranks.step(rate)
+
     def configure_optimizers(self) -> Any:
-        """AdamW over what is trainable, with the schedule stepping once per step."""
-        parameters = [value for value in self.net.parameters() if value.requires_grad]
+        """AdamW over what is trainable, with the schedule stepping once per step.
+
+        Gates that a rank control moves by itself get no rate, but stay with the optimiser, which clears (and in mixed
+        precision scales) their gradients.
+        """
+        moved = {id(gate) for gate in self.ranks.gates}
+        parameters = [value for value in self.net.parameters() if value.requires_grad and id(value) not in moved]
         rate, steps = self.settings.learning_rate, self.steps
-        optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=self.settings.weight_decay)
+        groups: list[dict[str, Any]] = [{"params": parameters, "lr": rate}]
+        if moved:
+            groups.append({"params": self.ranks.gates, "lr": 0.0})
+        optimiser = torch.optim.AdamW(groups, weight_decay=self.settings.weight_decay)
         if self.settings.schedule == "constant":
             return optimiser
         schedule: torch.optim.lr_scheduler.LRScheduler
         if self.settings.schedule == "cosine":
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
         else:
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [g["lr"] for g in groups], total_steps=steps)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _kept(self) -> dict[str, torch.Size]:
@@ -132,11 +174,13 @@ class SegmentationTask(LightningModule):
         return {f"net.{name}": value.shape for name, value in self.net.state_dict().items() if name in kept}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen base out."""
+        """Leave the frozen base out; keep what the rank controls remember."""
         kept = self._kept()
+        checkpoint["rank_control"] = self.ranks.state_dict()
         checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in kept}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another network or adapter."""
         if {key: value.shape for key, value in checkpoint["state_dict"].items()} != self._kept():
             raise SegraftError("the checkpoint belongs to another network or adapter: start without --resume.")
+        self.ranks.load_state_dict(checkpoint["rank_control"])

@@ -1,9 +1,19 @@
 """How a training runs: values that a user sets, checked in one place."""
 
 from collections.abc import Collection
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from segraft.data.augmentation import AUGMENTATIONS
 from segraft.errors import SegraftError
@@ -29,6 +39,9 @@ class TrainingSettings(BaseModel):
             weighted losses are added (`segraft.training.contrast`); each costs as much as the patch. 0: the loss alone.
         volumes: scans per step; each gives `patches` patches.
         patches: patches per scan and step.
+        patches_at_once: that go through the network together; gradients of a step's groups add up, each weighted by
+            its share of the patches, so that memory is that of a group. A loss over the batch (Dice) is then of each
+            group by itself. None: all of a step.
         foreground: share of the patches that are centred on a label.
         flip: mirror left and right at random; not for labels with a side.
         augmentation: a key of `AUGMENTATIONS`: `standard` (flips, small rotations, zooms, contrast), `elastic` (flips,
@@ -56,6 +69,7 @@ class TrainingSettings(BaseModel):
     contrast_copies: int = Field(default=0, ge=0)
     volumes: int = Field(default=2, ge=1)
     patches: int = Field(default=2, ge=1)
+    patches_at_once: int | None = Field(default=None, ge=1)
     foreground: float = Field(default=0.5, ge=0, le=1)
     augmentation: str = "standard"
     flip: bool = True
@@ -66,6 +80,18 @@ class TrainingSettings(BaseModel):
     recompute: tuple[str, ...] = ()
     devices: int = Field(default=1, ge=1, exclude=True)
     nodes: int = Field(default=1, ge=1, exclude=True)
+
+    @model_serializer(mode="wrap")
+    def _without_groups(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Records leave `patches_at_once` out where it is not set, so that what was recorded before stays the same."""
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if (name, value) != ("patches_at_once", None)}
+
+    @model_validator(mode="after")
+    def _in_groups(self) -> Self:
+        if self.patches_at_once is not None and self.devices * self.nodes > 1:
+            raise ValueError("patches_at_once is for one process: several share the patches of a step already")
+        return self
 
     @field_validator(*TABLES)
     @classmethod

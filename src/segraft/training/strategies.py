@@ -18,6 +18,8 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
     "head": ("head",),
     "bitfit": ("bias:.*",),
     "affine": ("norm:.*",),
+    "bitfit_encoder": ("bias:encoder",),
+    "affine_encoder": ("norm:encoder",),
     "decoder": ("decoder", "head"),
     "encoder": ("encoder",),
     "full": (".*",),
@@ -28,13 +30,15 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
     "all": (".*",),
 }
 """none: factors alone. head: linear probe. bitfit: all biases (Zaken et al. 2022). affine: scale and shift of norms.
+bitfit_encoder, affine_encoder: of the encoder alone, as in the few-shot paper, where the decoder is frozen or
+trained whole besides.
 
 shallow, deep, encoding, decoding, all: table 2 of the haemorrhage paper, the first four for its multi-view U-Net alone.
 There `decoder` trains M2.1 and M2.2 too, which `decoding` leaves frozen. all: the same as full.
 """
 
 PART = re.compile(r"[\w.]+")
-"""A selector that is the plain name of a part; the others have a kind, or are expressions that fit any network."""
+"""A selector, without its kind, that is the plain name of a part; the others are expressions that fit any network."""
 
 
 def selectors(names: Sequence[str]) -> tuple[str, ...]:
@@ -59,7 +63,8 @@ def require_parts(net: nn.Module, train: Sequence[str]) -> None:
     """
     parts = parts_of(net)
     for name, places in STRATEGIES.items():
-        missing = [place for place in places if PART.fullmatch(place) and place not in parts]
+        where = [place.rpartition(":")[2] for place in places]  # without its kind
+        missing = [place for place in where if PART.fullmatch(place) and place not in parts]
         if missing and set(places) <= set(train):
             has = f"its parts are {', '.join(parts)}" if parts else "it names no parts"
             raise SegraftError(
