@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 PATTERN = ("--patient-pattern", r"^(p\d+)_")
@@ -150,3 +152,70 @@ def test_the_second_scan_of_a_patient_who_trained_never_serves(segraft, tmp_path
     told = segraft("evaluate", tmp_path / "base", *where, "--out", tmp_path, "--json").json["record"]["cases"]
     assert len(told) == 4
     assert not [case for case in told if case.startswith(patient)]
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory, make_cohort, save_nifti):
+    """One cohort of four in each layout: Decathlon, TotalSegmentator, and lists of either."""
+    work = tmp_path_factory.mktemp("layouts")
+    names = [f"p{number}" for number in range(4)]
+    make_cohort(work / "decathlon", names, seed=3)
+    lists = {"organs": "", "maps": ""}
+    for name in names:
+        case, label = work / "total" / name, work / "decathlon" / "labelsTr" / f"{name}.nii.gz"
+        (case / "segmentations").mkdir(parents=True)
+        shutil.copy(work / "decathlon" / "imagesTr" / f"{name}.nii.gz", case / "ct.nii.gz")
+        mask = nib.load(label)
+        for value, organ in ((1, "core"), (2, "rim")):
+            file = case / "segmentations" / f"{organ}.nii.gz"
+            save_nifti(file, (np.asanyarray(mask.dataobj) == value).astype(np.uint8), mask.affine)
+            lists["organs"] += f"total/{name}/ct.nii.gz   total/{name}/segmentations/{organ}.nii.gz\n"
+        lists["maps"] += f"decathlon/imagesTr/{name}.nii.gz\tdecathlon/labelsTr/{name}.nii.gz\n"
+    for name, text in lists.items():
+        (work / f"{name}.txt").write_text(text)
+    return work
+
+
+def test_a_training_is_the_same_in_every_layout(layouts, segraft, tmp_path, tiny):
+    """Same cases, same labels, same weights; and each evaluates the other alike."""
+    bases, scores = set(), []
+    for data in ("decathlon", "total", "organs.txt", "maps.txt"):
+        told = segraft(
+            *("pretrain", "--data", layouts / data, "--labels", "RIM", "--cases", 2, "--out", tmp_path / data),
+            *(*tiny, "--json"),
+        )
+        assert told.code == 0, told.err
+        bases.add((told.json["fingerprint"], *told.json["cases"]))
+        told = segraft(
+            *("evaluate", tmp_path / "decathlon", "--data", layouts / data, "--labels", "rim"),
+            *("--out", tmp_path / f"of_{data}", "--json"),
+        )
+        assert told.code == 0, told.err
+        scores.append((tmp_path / f"of_{data}" / "evaluation.csv").read_text())
+    assert len(bases) == 1
+    assert all(each == scores[0] for each in scores[1:])
+
+
+def test_more_shots_than_there_are_folders(layouts, segraft, refused, tmp_path, tiny):
+    told = segraft(
+        *("pretrain", "--data", layouts / "total", "--labels", "core", "--out", tmp_path / "base", *tiny, "--json")
+    )
+    assert told.code == 0, told.err
+    refused(
+        *("adapt", "--base", tmp_path / "base", "--data", layouts / "total", "--labels", "rim", "--shots", "9"),
+        *("--out", tmp_path / "run"),
+        says=["9", f"{layouts / 'total'} has 4"],
+    )
+
+
+def test_an_organ_that_a_folder_does_not_have(layouts, refused, tmp_path, tiny):
+    asked = ("pretrain", "--data", layouts / "total", "--labels", "liver", "--out", tmp_path / "base", *tiny)
+    refused(*asked, says=['no label "liver": choose among 1 (core), 2 (rim)'])
+
+
+def test_a_folder_in_no_layout(refused, tmp_path, tiny):
+    (tmp_path / "empty").mkdir()
+    refused(
+        *("pretrain", "--data", tmp_path / "empty", "--labels", "liver", "--out", tmp_path / "base", *tiny),
+        says=["none of the layouts", "dataset.json", "TotalSegmentator", "FLARE'22", ".txt"],
+    )

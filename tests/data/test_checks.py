@@ -47,7 +47,14 @@ def test_whole_labels_of_any_type_pass(write_case, cohort, dtype):
 )
 def test_bad_label(write_case, label, complaint):
     with pytest.raises(SegraftError, match=complaint):
-        load_case(write_case("a", IMAGE, label))
+        load_case(write_case("a", IMAGE, label), {1: "anterior"})
+
+
+def test_a_label_file_is_read_whole_whatever_is_asked(write_case):
+    """So that values that nobody listed are seen."""
+    case = write_case("a", IMAGE, LABEL * 3)
+    for asked in (None, [], {1: "anterior"}):
+        assert set(np.unique(load_case(case, asked)[1].get_fdata())) == {0, 3}
 
 
 def test_shifted_label(write_case):

@@ -89,8 +89,9 @@ def test_not_a_listing(tmp_path, content):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(SegraftError, match="No such file"):
-        Cohort.read(tmp_path)
+    for name in ("dataset.json", "other.json", "folder"):
+        with pytest.raises(SegraftError, match=f"{name} cannot be read .No such file .* give a dataset.json"):
+            Cohort.read(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["../outside.nii.gz", "a/../../outside.nii.gz", "/etc/outside.nii.gz", "link/x.nii"])

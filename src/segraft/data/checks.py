@@ -1,15 +1,21 @@
 """Checks of scans and labels before any work starts on them."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
 from segraft.data.cohort import Case, Cohort
-from segraft.data.nifti import load_nifti, same_grid
+from segraft.data.nifti import load_nifti, require_same_grid
+from segraft.data.organ_masks import Overlap, join_masks
 from segraft.data.scans import load_scan
 from segraft.errors import SegraftError
+
+_log = logging.getLogger(__name__)
+_LARGEST_LOSS = 0.5  # of a label's voxels: what loses more lies in the others, and what is left is no such organ
 
 
 def check_image(path: str | Path) -> nib.Nifti1Image:
@@ -31,32 +37,39 @@ def check_image(path: str | Path) -> nib.Nifti1Image:
     return image
 
 
-def load_case(case: Case) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
+def load_case(case: Case, asked: Collection[int] | None = None) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
     """Read the image and label of a case.
 
+    Args:
+        case: a case with a label.
+        asked: the label values asked for (or value -> name). A label file is read whole whatever they are; of a folder
+            of masks only theirs are read. None: all, which may be more than a hundred files.
+
     Returns:
-        Both as images on one grid; the label's values are whole and not negative.
+        Both as images on one grid; the label's values are whole and not negative. Where masks of a folder overlap, see
+        `join_masks`.
 
     Raises:
         SegraftError: what `check_image` refuses; no label; a label on another grid, or with values that are
-            fractions or negative.
+            fractions or negative; what `join_masks` refuses.
     """
+    image, label, _ = _load(case, asked)
+    return image, label
+
+
+def _load(case: Case, asked: Collection[int] | None) -> tuple[nib.Nifti1Image, nib.Nifti1Image, Overlap]:
     image = check_image(case.image)
-    if case.label is None:
-        raise SegraftError(f'the case {case.id} ({case.image}) has no label: add a "label" to its entry.')
-    label = load_nifti(case.label, what="label")
-    if not same_grid(image, label):
-        where = "shapes" if image.shape != label.shape else "positions, of shape"
-        raise SegraftError(
-            f"the label {case.label} and its image {case.image} lie on different grids ({where} {label.shape} and "
-            f"{image.shape}): resample the label onto its image."
-        )
+    path = case.require_label()
+    if case.organs:
+        return image, *join_masks(path, case.asked_organs(asked), image, case.image)
+    label = load_nifti(path, what="label")
+    require_same_grid(label, path, image, case.image)
     data = np.asanyarray(label.dataobj)
     if data.dtype.kind == "f" and not np.array_equal(data, np.rint(data)):
-        raise SegraftError(f"the label {case.label} holds fractions: store whole label numbers.")
+        raise SegraftError(f"the label {path} holds fractions: store whole label numbers.")
     if data.min() < 0:
-        raise SegraftError(f"the label {case.label} holds the negative value {data.min():g}: use 0 for background.")
-    return image, label
+        raise SegraftError(f"the label {path} holds the negative value {data.min():g}: use 0 for background.")
+    return image, label, Overlap()
 
 
 def check_cases(
@@ -69,6 +82,8 @@ def check_cases(
 ) -> None:
     """Refuse cases that cannot be trained on or evaluated.
 
+    Where masks of organs overlap, one line is logged.
+
     Args:
         cases: the cases to be used, among those of `cohort`.
         cohort: says which label values are known.
@@ -77,23 +92,51 @@ def check_cases(
         watch: passes the cases on while they are read, to show progress.
 
     Raises:
-        SegraftError: what `load_case` refuses; a label value that `dataset.json` does not list; an asked label
-            that is in none of the cases.
+        SegraftError: what `load_case` refuses; a label value that the cohort does not list; an asked label
+            that is in none of the cases, or whose masks lie in those of other asked labels by more than half.
     """
     known = {0, *cohort.labels}
     present: set[int] = set()
+    overlaps: dict[str, Overlap] = {}
     for case in watch(cases):
-        _, label = load_case(case)
+        _, label, overlaps[case.id] = _load(case, asked)
         values = {int(value) for value in np.unique(np.asanyarray(label.dataobj))}
         if unknown := sorted(values - known):
             raise SegraftError(
                 f"the label {case.label} holds the value {unknown[0]}, which {cohort.path} does not list: "
-                "add it there or correct the label."
+                "add it to a dataset.json there, or correct the label."
             )
         present |= values
+    _check_overlaps(overlaps, asked, cohort.path)
     for number, name in asked.items():
         if each_present and number not in present:
             raise SegraftError(
                 f"label {number} ({name}) is in none of the {len(cases)} training cases of {cohort.path}: "
                 "choose other cases or another label."
             )
+
+
+def _check_overlaps(overlaps: Mapping[str, Overlap], asked: Mapping[int, str], path: Path) -> None:
+    """Log that masks of the cases (by id) share voxels; refuse a label that lies in the others."""
+    claimed, taken = Counter[int](), Counter[tuple[int, int]]()
+    for each in overlaps.values():
+        claimed.update(each.claimed)
+        taken.update(each.taken)
+    for number, name in asked.items():
+        lost = {other: count for (label, other), count in taken.items() if label == number}
+        if sum(lost.values()) > _LARGEST_LOSS * claimed[number]:
+            most = max(lost, key=lost.__getitem__)
+            raise SegraftError(
+                f"of the {claimed[number]} voxels that {name} has in {path}, {sum(lost.values())} lie in smaller masks "
+                f"that are asked for too ({lost[most]} in {asked[most]}), and a voxel has one label: ask for {name} "
+                "without them, or for them without it."
+            )
+    overlapping = {case: each for case, each in overlaps.items() if each.shared}
+    if overlapping:
+        worst = max(overlapping, key=lambda case: overlapping[case].shared)
+        names = " and ".join(asked[number] for number in max(taken, key=taken.__getitem__))
+        _log.warning(
+            "%s: masks of the labels overlap in %d of %d cases (most in %s, by %d voxels; of all labels most those of "
+            "%s); such a voxel counts for the smallest mask",
+            *(path, len(overlapping), len(overlaps), worst, overlapping[worst].shared, names),
+        )

@@ -66,6 +66,21 @@ def same_grid(a: nib.Nifti1Image, b: nib.Nifti1Image) -> bool:
     return bool(a.shape == b.shape and np.allclose(a.affine, b.affine, rtol=0, atol=_GRID_TOLERANCE))
 
 
+def require_same_grid(label: nib.Nifti1Image, path: Path, image: nib.Nifti1Image, scan: Path) -> None:
+    """Refuse a label on another grid than its image; the paths of both are for the message.
+
+    Raises:
+        SegraftError: shapes or positions differ.
+    """
+    if same_grid(image, label):
+        return
+    where = "shapes" if image.shape != label.shape else "positions, of shape"
+    raise SegraftError(
+        f"the label {path} and its image {scan} lie on different grids ({where} {label.shape} and {image.shape}): "
+        "resample the label onto its image."
+    )
+
+
 def write_mask(mask: NDArray[Any], like: nib.Nifti1Image, path: str | Path) -> None:
     """Write a mask on the grid of `like`: same affine, qform and sform codes, voxel sizes and units.
 

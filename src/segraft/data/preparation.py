@@ -144,7 +144,7 @@ def prepare_positions(case: Case, preparation: Preparation, labels: Sequence[int
     """As `prepare_case`, but the label as one uint8 volume [X, Y, Z]: k where `labels[k - 1]` is, 0 elsewhere."""
     if len(labels) > np.iinfo(np.uint8).max:
         raise SegraftError(f"{len(labels)} labels were asked for: ask for at most {np.iinfo(np.uint8).max}.")
-    scan, label = load_case(case)
+    scan, label = load_case(case, labels)
     image = prepare_scan(scan, case.image, preparation)
     data = np.asanyarray(label.dataobj)
     positions = np.zeros(data.shape, dtype=np.float32)

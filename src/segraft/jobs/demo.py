@@ -185,7 +185,7 @@ def _strata(rows: list[_Row]) -> pd.DataFrame:
 
 def _picture(case: Case, masks: Mapping[str, Mask], labels: Mapping[int, str]) -> bytes:
     """Image, truth and every prediction, all turned to RAS."""
-    scan, label = load_case(case)
+    scan, label = load_case(case, labels)
     upright = nib.as_closest_canonical(scan)
 
     def turned(mask: NDArray[Any]) -> NDArray[Any]:

@@ -73,6 +73,7 @@ def show_preparation(
     out: str | Path,
     *,
     case: str | None = None,
+    labels: Sequence[str] = (),
     preparation: Preparation | Mapping[str, Any] | None = None,
     patient_pattern: str | None = None,
 ) -> PreparationView:
@@ -82,6 +83,7 @@ def show_preparation(
         data: `dataset.json`, or its folder.
         out: the picture, a `.png` file.
         case: its id; the first one if left out.
+        labels: those to outline, by number or name; none means all, which of a folder of masks is many files.
         preparation: whole, or the fields that differ from the defaults.
         patient_pattern: as of `Cohort.read`.
 
@@ -94,7 +96,7 @@ def show_preparation(
     cohort = Cohort.read(data, patient_pattern=patient_pattern)
     chosen = _chosen(cohort, case)
     settled = preparation if isinstance(preparation, Preparation) else checked(dict(preparation or {}))
-    scan, label = load_case(chosen)
+    scan, label = load_case(chosen, cohort.select_labels(labels))
     steps = [_step("as read", scan, label, "as stored")]
     view = PreparationView(out, chosen.id, steps)
     note = "Outlined: the labels."
