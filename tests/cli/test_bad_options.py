@@ -61,7 +61,7 @@ def pretrain(refused, work, tmp_path):
         (("--patch", "16", "16", "1"), ["patch"]),
         (("--patch", "16", "16", "-4"), ["patch", "-4"]),
         (("--labels", "liver"), ["liver", "1 (core)", "2 (rim)", "dataset.json"]),
-        (("--labels", "1"), ["1 outputs", "2 labels"]),
+        (("--labels", "1", "--exclude", "head"), ["rim", "--train head"]),
         (("--labels", "rim"), ["asked for twice"]),
         (("--shots", "0"), ["0", "at least 1"]),
         (("--patient-pattern", "p("), ["p("]),

@@ -187,7 +187,7 @@ def test_state_dicts_load_bit_for_bit(tmp_path, prefix, suffix):
     assert_same(net, other)
 
 
-@pytest.mark.parametrize("under", ["state_dict", "model", "network_weights"])
+@pytest.mark.parametrize("under", ["state_dict", "model", "network_weights", "net"])
 def test_nested_state_dicts_load(tmp_path, under):
     net, other = small(1), small(2)
     torch.save({under: net.state_dict(), "epoch": 3, "best": 0.5}, tmp_path / "weights.pt")

@@ -4,6 +4,7 @@ import json
 import sys
 
 from segraft.cli.app import app
+from segraft.cli.importing import import_
 from segraft.cli.look import inspect, params
 from segraft.cli.prepare import prepare
 from segraft.cli.study import study
@@ -17,6 +18,7 @@ INTERRUPTED = 130  # what Typer turns Ctrl-C into
 
 for _command in (prepare, pretrain, adapt, predict, evaluate, params, inspect, demo):
     app.command()(_command)
+app.command("import")(import_)
 app.add_typer(study, name="study")
 
 

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from segraft.cli import options
-from segraft.cli.app import show_json, show_line, show_table
-from segraft.cli.options import Common, Data, PatientPattern, takes
+from segraft.cli.app import show_json, show_line, show_table, split
+from segraft.cli.options import Common, Data, Labels, PatientPattern, takes
 
 
 @takes(preparation=options.preparation, common=options.common)
@@ -16,6 +16,7 @@ def prepare(
     data: Data,
     show: Annotated[Path, typer.Option(help="Picture (.png) of every step of one case.")],
     case: Annotated[str | None, typer.Option(help="Its id; the first case, if left out.")] = None,
+    labels: Labels = None,
     patient_pattern: PatientPattern = None,
     preparation: dict[str, Any],
     common: Common,
@@ -26,7 +27,9 @@ def prepare(
     """
     from segraft.jobs.prepare_view import show_preparation
 
-    view = show_preparation(data, show, case=case, preparation=preparation, patient_pattern=patient_pattern)
+    view = show_preparation(
+        data, show, case=case, labels=split(labels), preparation=preparation, patient_pattern=patient_pattern
+    )
     if common.as_json:
         steps = [
             {"name": step.name, "shape": step.image.shape, "voxel_mm": step.voxel_mm, "unit": step.unit}

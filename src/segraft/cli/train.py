@@ -102,6 +102,10 @@ def adapt(
     out: OutFolder,
     weights: Annotated[Path | None, typer.Option(help="Weights of the network that --base names.")] = None,
     network_args: NetworkArguments = None,
+    base_labels: Annotated[
+        list[str] | None,
+        typer.Option(help="What the outputs of --weights stand for, in order, or btcv; where they do not say."),
+    ] = None,
     labels: Labels = None,
     shots: Annotated[int | None, typer.Option(help="Patients to draw; all, if left out.")] = None,
     patient_pattern: PatientPattern = None,
@@ -123,7 +127,7 @@ def adapt(
     _settle_memory(training)
     with _first_process_reports():
         result = job(
-            BaseSource(base, weights, json_object(network_args, "--network-args")),
+            BaseSource(base, weights, json_object(network_args, "--network-args"), split(base_labels)),
             data,
             out,
             spec=spec,

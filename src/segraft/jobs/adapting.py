@@ -16,11 +16,13 @@ from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
 from segraft.jobs.cases import Served, choose, read_cohort
 from segraft.jobs.locating import ADAPTER_FILE
-from segraft.jobs.model import build_from
+from segraft.jobs.model import build_from_start, with_outputs
 from segraft.jobs.run_folder import RunFolder, versions
 from segraft.jobs.training_set import training_set
-from segraft.networks import load_base, load_weights
+from segraft.networks import Base, load_base, load_checkpoint
 from segraft.networks.bases import FILE_NAME
+from segraft.networks.checkpoints import output_notes, untrained_notes
+from segraft.networks.heads import match_outputs, require_head, untrained_outputs
 from segraft.training.distributed import Team
 from segraft.training.fit import Fit, check_device, check_precision, fit
 from segraft.training.recomputation import regions
@@ -50,46 +52,114 @@ class BaseSource:
 
     Attributes:
         base: folder or file of `segraft pretrain`; or a network (name or `package.module:Class`) with `weights`.
-        weights: of such a network, `.safetensors` or a checkpoint of tensors.
+        weights: of such a network, of any kind that `segraft.networks.load_checkpoint` reads.
         arguments: keyword arguments of such a network.
+        labels: what the outputs of such weights stand for, in order, or one word of `segraft.networks.layouts`
+            (`btcv`); none: as the weights' kind says, where it does.
     """
 
     base: str | Path
     weights: str | Path | None = None
     arguments: Mapping[str, Any] | None = None
+    labels: Sequence[str] = ()
 
-    def load(self, labels: int) -> tuple[nn.Module, dict[str, Any], Preparation | None, Served]:
-        """The network, its description, the preparation it was trained with, and the images that trained it.
+    def load(self, labels: Mapping[int, str]) -> "LoadedBase":
+        """The network, with one output for each of the new task's labels.
+
+        A label takes the output of its name. Where no name is the same and there are as many, outputs map by position;
+        else the labels that the base does not have get outputs that start new, which the adapter must train.
 
         Args:
-            labels: how many the new task has.
+            labels: value -> name.
 
         Raises:
-            SegraftError: it does not exist, does not fit, or has another number of outputs.
+            SegraftError: it does not exist, does not fit, or its outputs cannot be exchanged.
         """
-        if self.weights is None:
-            if self.arguments:
+        asked = tuple(labels.values())
+        return self._of_ours(asked) if self.weights is None else self._from_elsewhere(asked, self.weights)
+
+    def _of_ours(self, labels: tuple[str, ...]) -> "LoadedBase":
+        for given, option in ((self.arguments, "--network-args"), (self.labels, "--base-labels")):
+            if given:
                 raise SegraftError(
-                    f"network arguments go with weights from elsewhere; the base {self.base} has its own: leave "
-                    "--network-args out, or add --weights."
+                    f"network arguments and names of outputs go with weights from elsewhere; the base {self.base} has "
+                    f"its own: leave {option} out, or add --weights."
                 )
-            net, info = load_base(self.base)
-            described = {"network": info.network, "arguments": info.arguments, "path": str(info.path)}
-            recorded = info.record.get("preparation")
-            preparation = None if recorded is None else Preparation.from_record(recorded, info.path)
-            outputs = info.arguments["out_channels"]
-            if outputs != labels:
-                names = ", ".join(info.record.get("labels", {}).values()) or "of unknown labels"
-                raise SegraftError(
-                    f"the base {info.path} has {outputs} outputs ({names}), but {labels} labels were asked for: ask "
-                    f"for {outputs} with --labels."
-                )
-            return net, described, preparation, Served.of(info.record)
-        arguments = {"in_channels": 1, "out_channels": labels, **(self.arguments or {})}
-        net = build_from(str(self.base), arguments)
-        load_weights(net, self.weights)
-        described = {"network": str(self.base), "arguments": arguments, "path": str(self.weights)}
-        return net, described, None, Served()
+        net, info = load_base(self.base)
+        described = {"network": info.network, "arguments": info.arguments, "path": str(info.path)}
+        recorded = info.record.get("preparation")
+        preparation = None if recorded is None else Preparation.from_record(recorded, info.path)
+        names, count = _names(info), info.arguments["out_channels"]
+        outputs = match_outputs(labels, names, count)
+        if outputs is not None:
+            described |= outputs.record()
+            net = with_outputs(net, info, outputs)
+        untrained = info.record.get("untrained", {})
+        rows = range(count) if outputs is None else outputs.rows
+        new = {place for place, row in enumerate(rows) if row is None or row in untrained.get("outputs", ())}
+        notes = untrained_notes(untrained.get("parts", ()))
+        return LoadedBase(
+            net,
+            described,
+            preparation,
+            Served.of(info.record),
+            frozenset(new),
+            (*notes, *output_notes(outputs, labels)),
+        )
+
+    def _from_elsewhere(self, labels: tuple[str, ...], weights: str | Path) -> "LoadedBase":
+        arguments = {"in_channels": 1, "out_channels": len(labels), **(self.arguments or {})}
+        net = build_from_start(str(self.base), arguments)
+        loaded = load_checkpoint(net, weights, labels=labels, names=self.labels)
+        described = {"network": str(self.base), "arguments": arguments, "path": str(weights)}
+        new: tuple[int, ...] = ()
+        if loaded.outputs is not None:
+            described |= loaded.outputs.record()
+            new = loaded.outputs.new
+        return LoadedBase(net, described, None, Served(), frozenset(new), loaded.notes(labels))
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base, ready to be adapted.
+
+    Attributes:
+        net: plain, with one output for each label.
+        described: how to build it again, for the adapter's record.
+        preparation: that it was trained with, where that is known.
+        served: the images that trained it.
+        new: places of the labels whose outputs start at random.
+        notes: what the user should know of it.
+    """
+
+    net: nn.Module
+    described: dict[str, Any]
+    preparation: Preparation | None
+    served: Served
+    new: frozenset[int]
+    notes: tuple[str, ...]
+
+    def require_trained_head(self, labels: Sequence[str]) -> None:
+        """Refuse, after grafting, an adapter that leaves outputs which start at random as they are.
+
+        Raises:
+            SegraftError: naming their labels.
+        """
+        if not self.new:
+            return
+        still = untrained_outputs(self.net, require_head(self.net, len(labels)), self.new)
+        if still:
+            raise SegraftError(
+                f"{self.described['path']} has no trained output for {', '.join(labels[place] for place in still)}, so "
+                "it starts at random, but the adapter leaves the head frozen: train it, with --train head or --train "
+                "decoder."
+            )
+
+
+def _names(info: Base) -> tuple[str, ...]:
+    """Names of a base's outputs; none where its record does not name each."""
+    names = tuple(str(name) for name in info.record.get("labels", {}).values())
+    return names if len(names) == info.arguments["out_channels"] else ()
 
 
 def adapt(
@@ -139,19 +209,21 @@ def adapt(
     folder = RunFolder(Path(out), ADAPTER_FILE, resume=resume, overwrite=overwrite, writes=team.first)
     cohort = Cohort.read(data, patient_pattern=patient_pattern)
     asked = cohort.select_labels(labels)
-    net, described, inherited, pretrained_on = source.load(len(asked))
-    cohort = read_cohort(data, patient_pattern, pretrained_on)
+    loaded = source.load(asked)
+    net, described = loaded.net, loaded.described
+    cohort = read_cohort(data, patient_pattern, loaded.served)
     require_parts(net, spec.train)
     adapters.graft(net, spec, seed=settings.seed)
+    loaded.require_trained_head(tuple(asked.values()))
     regions(net, settings.recompute)  # a wrong name is told before scans are read
-    chosen = choose(cohort, shots, seed=settings.seed, avoid=pretrained_on, purpose="to adapt to", console=console)
+    chosen = choose(cohort, shots, seed=settings.seed, avoid=loaded.served, purpose="to adapt to", console=console)
     given = training_set(
         cohort,
         chosen.cases,
         asked,
         net=net,
         preparation=preparation,
-        inherited=inherited,
+        inherited=loaded.preparation,
         settings=settings,
         console=console,
     )
@@ -162,6 +234,7 @@ def adapt(
         training = fit(
             net, given.source, settings, checkpoint=folder.checkpoint, resume=resume, title="adapting", console=console
         )
+        adapters.prune(net)  # directions that are not in use are not in the file, nor counted
         counted = parameter_table(net)
         record = given.task | {
             "base": base_record,
@@ -178,7 +251,7 @@ def adapt(
         counted,
         size,
         training,
-        chosen.notes,
+        (*loaded.notes, *chosen.notes),
     )
 
 

@@ -9,13 +9,15 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from segraft.data.checks import check_cases, load_case
-from segraft.data.cohort import Case
+from segraft.data.cohort import Case, Cohort
+from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
 from segraft.evaluation.results import CaseResult, evaluate_case, save_results
 from segraft.jobs.cases import choose, read_cohort
 from segraft.jobs.model import Model, load_model
 from segraft.jobs.run_folder import versions
 from segraft.jobs.watching import watched
+from segraft.networks.heads import same_name
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ def evaluate(
     cases: int | Sequence[str] | None = None,
     seed: int = 0,
     base: str | Path | None = None,
+    preparation: Preparation | None = None,
     patient_pattern: str | None = None,
     device: str = "auto",
     precision: str = "32",
@@ -50,10 +53,13 @@ def evaluate(
         model: an adapter file, a base, or a loaded model.
         data: `dataset.json`, or its folder.
         out: folder for `evaluation.csv` and `evaluation.json`; None means beside the model's file.
-        labels: the cohort's labels that the model's outputs stand for, in order; none means those of the same value.
+        labels: the cohort's labels that the model's outputs stand for, in order; or fewer, of the same names as some
+            of its outputs. None means those of the same value, or where these have other names, or are not all there,
+            those of the same name.
         cases: patients to draw, or ids of cases; None means all that may serve.
         seed: of that draw.
         base: where the base is, if it is no longer where it was.
+        preparation: of the scans, for a base that does not say how they are prepared.
         patient_pattern: regular expression whose first group, searched in a case's id, is the patient.
         device: `auto`, `cpu`, `cuda`, `mps`.
         precision: `32`, `bf16`, `16`.
@@ -63,12 +69,10 @@ def evaluate(
         SegraftError: bad input of any kind; nothing is written then.
     """
     if not isinstance(model, Model):
-        model = load_model(model, base=base)
+        model = load_model(model, base=base, preparation=preparation)
     cohort = read_cohort(data, patient_pattern, model.adapted_on, model.pretrained_on)
-    asked = cohort.select_labels(labels or [str(value) for value in model.labels])
-    if len(asked) != len(model.labels):
-        raise SegraftError(f"{model.source} has {len(model.labels)} labels, but {len(asked)} were asked for.")
-    model = replace(model, labels=asked)
+    model, notes = on_cohort(model, cohort, labels)
+    asked = model.labels
     chosen = choose(
         cohort,
         cases,
@@ -87,16 +91,48 @@ def evaluate(
         "model": str(model.source.name),
         "dataset": cohort.name,
         "cases": [case.id for case in chosen.cases],
-        "notes": list(chosen.notes),
+        "notes": [*notes, *chosen.notes],
         "versions": versions(),
     }
     csv, json = save_results(results, Path(out) if out is not None else model.source.parent, record=record)
-    return Evaluated(results, csv, json, chosen.notes)
+    return Evaluated(results, csv, json, (*notes, *chosen.notes))
+
+
+def on_cohort(model: Model, cohort: Cohort, labels: Sequence[str]) -> tuple[Model, tuple[str, ...]]:
+    """The model with the labels of a cohort for its outputs, of which some may be left out, and a note on those.
+
+    Raises:
+        SegraftError: labels that the cohort or the model does not have.
+    """
+    if labels:
+        asked = cohort.select_labels(labels)
+        return (replace(model, labels=asked) if len(asked) == len(model.labels) else _by_name(model, asked)), ()
+    theirs = {same_name(name): value for value, name in cohort.labels.items()}
+    shared = {value: theirs[same_name(name)] for value, name in model.labels.items() if same_name(name) in theirs}
+    by_value = set(model.labels) <= set(cohort.labels) and all(value == other for value, other in shared.items())
+    if by_value or not shared:
+        asked = cohort.select_labels([str(value) for value in model.labels])
+        return replace(model, labels=asked), ()
+    absent = [name for value, name in model.labels.items() if value not in shared]
+    note = f"labels of {model.source.name} that {cohort.name} does not have are left out: {', '.join(absent)}."
+    return _by_name(model, {value: cohort.labels[value] for value in shared.values()}), (note,) if absent else ()
+
+
+def _by_name(model: Model, asked: Mapping[int, str]) -> Model:
+    """The model with only the outputs of the names asked for."""
+    places = {same_name(name): place for place, name in enumerate(model.labels.values())}
+    unknown = [name for name in asked.values() if same_name(name) not in places]
+    if unknown:
+        raise SegraftError(
+            f"{model.source} has {len(model.labels)} labels, but {len(asked)} were asked for, of which {unknown[0]!r} "
+            f"is none of them: choose among {', '.join(model.labels.values())}, or name as many as it has."
+        )
+    return model.pick(asked, [places[same_name(name)] for name in asked.values()])
 
 
 def measure(case: Case, prediction: NDArray[np.int64], labels: Mapping[int, str]) -> list[CaseResult]:
     """Hold a label map on the scan's own grid against the case's label, of which only `labels` count."""
-    image, label = load_case(case)
+    image, label = load_case(case, labels)
     truth = np.asanyarray(label.dataobj)
     kept = np.where(np.isin(truth, list(labels)), truth, 0).astype(np.int64)
     return evaluate_case(case.id, prediction, kept, labels, image.affine)

@@ -1,8 +1,8 @@
 """A network ready to segment, from an adapter file or a base file."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from segraft.errors import SegraftError
 from segraft.inference import label_map, sliding_probability
 from segraft.jobs.cases import Served
 from segraft.jobs.locating import file_in, holds_base
-from segraft.networks import build, load_base, load_weights
+from segraft.networks import NETWORKS, Base, Loaded, build, load_base, load_checkpoint
 from segraft.networks.bases import FILE_NAME
+from segraft.networks.heads import START_SEED, Outputs, PickedOutputs, take_outputs
 from segraft.training.fit import check_device, check_precision
 
 
@@ -67,6 +68,10 @@ class Model:
         on_grid = to_input_grid(probability, image.affine, original)
         return label_map(on_grid, tuple(self.labels)).numpy(), original
 
+    def pick(self, labels: Mapping[int, str], places: Sequence[int]) -> "Model":
+        """The same model, of which only the outputs at `places` are looked at, for these labels."""
+        return replace(self, net=PickedOutputs(self.net, places).eval(), labels=dict(labels))
+
 
 def resolve_device(device: str) -> str:
     """`auto` becomes the accelerator that is there, else the CPU.
@@ -79,12 +84,18 @@ def resolve_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def load_model(path: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None) -> Model:
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    preparation: Preparation | None = None,
+) -> Model:
     """Read an adapter file with its base, or a base alone.
 
     Args:
         path: an adapter file, the folder that `adapt` wrote, a base file, or the folder that `pretrain` wrote.
         base: where the base is, if it is no longer where it was when the adapter was trained.
+        preparation: of the scans, for a base that does not say how they are prepared, as one imported from elsewhere.
 
     Raises:
         SegraftError: a file is missing or is something else; the adapter belongs to another base.
@@ -92,7 +103,14 @@ def load_model(path: str | os.PathLike[str], *, base: str | os.PathLike[str] | N
     path = file_in(Path(path))
     if path.name == FILE_NAME:
         net, info = load_base(path)
-        record = info.record
+        record = dict(info.record)
+        if record.get("untrained"):
+            raise SegraftError(
+                f"{path} cannot segment by itself, as parts of it start at random ({'; '.join(_untrained(record))}): "
+                "adapt it first."
+            )
+        if "preparation" not in record and preparation is not None:
+            record["preparation"] = preparation.model_dump(mode="json")
         return _model(net, path, record, adapted_on=Served(), pretrained_on=Served.of(record))
     if holds_base(path):
         raise SegraftError(f"{path} is a base, not an adapter: give the adapter file, or name the base {FILE_NAME}.")
@@ -120,11 +138,12 @@ def load_base_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> 
         where /= FILE_NAME
     if not where.is_file():
         raise SegraftError(f"the base of {header.path} is not at {where}: say where it is with --base.")
+    outputs = Outputs.of(described)
     if where.name == FILE_NAME or holds_base(where):
         net, info = load_base(where)
-        return net, Served.of(info.record)
-    net = build_from(described["network"], described["arguments"])
-    load_weights(net, where)
+        return with_outputs(net, info, outputs), Served.of(info.record)
+    net = build_from_start(described["network"], described["arguments"])
+    load_checkpoint(net, where, outputs=outputs)
     return net.eval(), Served()
 
 
@@ -135,12 +154,51 @@ def build_from(network: str, arguments: Mapping[str, Any]) -> nn.Module:
     return build(network, **channels, arguments=rest)
 
 
+def build_from_start(network: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The same with random weights that are the same each time, and leave the global generator as it was.
+
+    What weights from elsewhere do not hold stays at this start, and an adapter knows its base by a fingerprint of all.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(START_SEED)
+        return build_from(network, arguments)
+
+
+def with_outputs(net: nn.Module, info: Base, outputs: Outputs | None) -> nn.Module:
+    """The network of a base file with the outputs that a task takes of it.
+
+    Raises:
+        SegraftError: its outputs cannot be exchanged.
+    """
+    if outputs is None:
+        return net
+    rebuilt = build_from_start(info.network, info.arguments | {"out_channels": len(outputs.rows)})
+    return take_outputs(net, info.arguments["out_channels"], rebuilt, outputs)
+
+
+def named_as_loaded(network: str, arguments: Mapping[str, Any], loaded: Loaded) -> tuple[str, dict[str, Any]]:
+    """By which name and arguments a network is built again that computes as it does after weights were loaded."""
+    if not loaded.original_merging:
+        return network, dict(arguments)
+    from segraft.networks.swin import PATH
+
+    known = NETWORKS[network].arguments if network in NETWORKS else {}
+    return PATH, {**known, **arguments}
+
+
 def task_record(labels: Mapping[int, str], preparation: Preparation) -> dict[str, Any]:
     """The part of a file's record that says what the network segments, and on what images."""
     return {
         "labels": {str(value): name for value, name in labels.items()},
         "preparation": preparation.model_dump(mode="json"),
     }
+
+
+def _untrained(record: Mapping[str, Any]) -> list[str]:
+    """What of a base was never trained, in words."""
+    names, untrained = list(record.get("labels", {}).values()), record["untrained"]
+    outputs = [names[place] for place in untrained.get("outputs", ()) if place < len(names)]
+    return [*untrained.get("parts", ()), *([f"the outputs {', '.join(outputs)}"] if outputs else [])]
 
 
 def _model(
@@ -153,6 +211,11 @@ def _model(
 ) -> Model:
     try:
         labels = {int(value): str(name) for value, name in record["labels"].items()}
+        if "imported" in record and "preparation" not in record:
+            raise SegraftError(
+                f"{path} holds weights from elsewhere and does not say how scans are prepared for them: adapt it, or "
+                "import it again with how they are (--spacing, --window, …)."
+            )
         recorded = record["preparation"]
     except (KeyError, TypeError, AttributeError) as error:
         raise SegraftError(

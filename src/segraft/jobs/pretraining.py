@@ -12,10 +12,10 @@ from segraft.adapters import parameter_table
 from segraft.data.cohort import Cohort
 from segraft.data.preparation import Preparation
 from segraft.jobs.cases import choose
-from segraft.jobs.model import build_from
+from segraft.jobs.model import build_from, named_as_loaded
 from segraft.jobs.run_folder import RunFolder, versions
 from segraft.jobs.training_set import training_set
-from segraft.networks import load_weights, save_base
+from segraft.networks import load_checkpoint, save_base
 from segraft.networks.bases import FILE_NAME
 from segraft.training.distributed import Team
 from segraft.training.fit import Fit, check_device, check_precision, fit
@@ -59,7 +59,8 @@ def pretrain(
         out: folder to write to.
         network: a key of `segraft.networks.NETWORKS`, or `package.module:Class`.
         network_arguments: further keyword arguments of the network.
-        weights: to start from; None starts from random weights.
+        weights: to start from, of any kind that `segraft.networks.load_checkpoint` reads; None starts from random
+            weights, as does what such weights do not hold.
         labels: numbers or names; none means all of the cohort.
         cases: patients to draw, or the ids of the cases to take; None means all.
         preparation: of the scans, whole or only the fields that differ from the defaults; the patch size is chosen
@@ -87,8 +88,11 @@ def pretrain(
     arguments = {"in_channels": 1, "out_channels": len(asked), **(network_arguments or {})}
     torch.manual_seed(settings.seed)
     net = build_from(network, arguments)
+    notes: tuple[str, ...] = ()
     if weights is not None:
-        load_weights(net, weights)
+        loaded = load_checkpoint(net, weights, labels=tuple(asked.values()))
+        notes = loaded.notes(tuple(asked.values()))
+        network, arguments = named_as_loaded(network, arguments, loaded)
     regions(net, settings.recompute)  # a wrong name is told before scans are read
     chosen = choose(cohort, cases, seed=settings.seed, purpose="to pre-train on")
     given = training_set(
@@ -125,5 +129,5 @@ def pretrain(
         tuple(case.id for case in chosen.cases),
         parameter_table(net).total,
         training,
-        chosen.notes,
+        (*notes, *chosen.notes),
     )

@@ -1,25 +1,22 @@
 """Base files: the pre-trained network that adapters are grafted onto.
 
-A base is one safetensors file whose header says how to build the network and how its images were prepared. Weights
-from elsewhere (`.safetensors`, or a PyTorch checkpoint of tensors) are loaded strictly; pickled code is not executed.
+A base is one safetensors file whose header says how to build the network and how its images were prepared.
 """
 
 import json
 import os
-import pickle
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from segraft._version import __version__
 from segraft.adapters import fingerprint
 from segraft.atomic import replacing
 from segraft.errors import SegraftError
+from segraft.networks.checkpoints import load_weights
 from segraft.networks.registry import build
 
 FILE_NAME = "base.safetensors"
@@ -135,63 +132,3 @@ def load_base(path: str | os.PathLike[str]) -> tuple[nn.Module, Base]:
             "the file was changed after it was written."
         )
     return net, base
-
-
-def load_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a state dict into `net`, all of it.
-
-    Args:
-        net: the network, changed in place.
-        path: `.safetensors`, or a PyTorch checkpoint: a state dict, or a dictionary that holds one under
-            `state_dict`, `model` or `network_weights`. A prefix that all keys share (`module.`, `net.`) is taken off.
-
-    Raises:
-        SegraftError: missing, unreadable, a pickle with more than tensors in it, or keys and shapes that do not fit.
-    """
-    tensors, wanted = _read_tensors(Path(path)), net.state_dict()
-    for prefix in ("module.", "net.", "model.", "_orig_mod."):
-        if all(key.startswith(prefix) for key in tensors) and not all(key.startswith(prefix) for key in wanted):
-            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    missing, unexpected = set(wanted) - set(tensors), set(tensors) - set(wanted)
-    reshaped = {key for key in set(wanted) & set(tensors) if wanted[key].shape != tensors[key].shape}
-    problems = [
-        f"{len(keys)} tensors {what}, such as {min(keys)}"
-        for what, keys in (("are missing", missing), ("are unexpected", unexpected), ("have another shape", reshaped))
-        if keys
-    ]
-    if problems:
-        raise SegraftError(f"the weights in {path} do not fit {type(net).__name__}: {'; '.join(problems)}.")
-    net.load_state_dict(tensors)
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise SegraftError(f"{path} does not exist: give a file of weights (.safetensors, .pt, .pth).")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise SegraftError(f"{path} is not a readable safetensors file ({error}): is it complete?") from error
-    try:
-        with warnings.catch_warnings():
-            # Of a pickle that is refused anyway torch also says that its protocol is unusual.
-            warnings.filterwarnings("ignore", message=".*pickle protocol.*")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise SegraftError(
-            f"{path} is not loaded, as it is damaged or holds pickled objects besides tensors, which could run code: "
-            "save its state_dict alone (or as .safetensors) where you trust it."
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise SegraftError(f"{path} is not a readable PyTorch checkpoint: is it complete?") from error
-    for key in ("state_dict", "model", "network_weights"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
-    ):
-        raise SegraftError(f"{path} holds no state dict: save the network's state_dict() alone.")
-    return content

@@ -33,6 +33,8 @@ NETWORKS: dict[str, NetworkEntry] = {
     "multi_view_unet": NetworkEntry(MultiViewUNet),
     # Hatamizadeh et al. 2022, as the few-shot paper takes it
     "swin_unetr": NetworkEntry("monai.networks.nets.swin_unetr:SwinUNETR", {"feature_size": 48}),
+    # the same as MONAI computed it before 1.5, for weights of that time
+    "original_swin_unetr": NetworkEntry("segraft.networks.swin:OriginalSwinUNETR", {"feature_size": 48}),
 }
 """To add a network, add one entry. Parts of third-party networks are in `FOREIGN_PARTS`."""
 

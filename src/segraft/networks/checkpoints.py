@@ -1,0 +1,392 @@
+"""Weights from elsewhere: read without running code, recognised by their keys, and never loaded in part unnoticed."""
+
+import json
+import pickle
+import re
+import warnings
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from segraft.adapters.selection import parts_of
+from segraft.errors import SegraftError
+from segraft.networks.heads import Head, Outputs, find_head, head_rows, match_outputs, require_head
+from segraft.networks.layouts import CONTAINERS, OWN, PREFIXES, Layout, known_labels, recognise
+
+SWIN = "swinViT.patch_embed.proj.weight"
+"""A key that tells a SwinUNETR."""
+
+_SCALAR: Any = np.float64(0).__reduce__()[0]
+
+DATA_ONLY: tuple[Any, ...] = (
+    Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.bool_)),
+    _SCALAR,
+    (_SCALAR, "numpy.core.multiarray.scalar"),  # where NumPy 1 has it
+)
+"""What pickles may hold beside what torch takes for data: a training's arguments, and scores as NumPy numbers.
+
+Their making runs no code of the file's choosing.
+"""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was loaded from a checkpoint.
+
+    Attributes:
+        path: of the file.
+        layout: its kind; empty for a state dict under the network's own keys.
+        tensors: how many were loaded.
+        unused: group -> how many tensors stayed in the file.
+        kept: part of the network -> how many tensors stayed at their start.
+        reshaped: key -> shape in the file and in the network, of the head.
+        outputs: which of the file's outputs each of the network's takes; None: by position.
+        original_merging: the network now computes as MONAI before 1.5 (see `segraft.networks.swin`).
+        remarks: further sentences for the user.
+    """
+
+    path: Path
+    layout: str
+    tensors: int
+    unused: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, int] = field(default_factory=dict)
+    reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    outputs: Outputs | None = None
+    original_merging: bool = False
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def untrained(self) -> tuple[str, ...]:
+        """Parts of the network that start at random; of the head `outputs` says more."""
+        return tuple(part for part in self.kept if part != "head")
+
+    def notes(self, labels: Sequence[str] = ()) -> tuple[str, ...]:
+        """All of it in sentences, with the names of the network's outputs where they are given."""
+        what = f"{self.path.name} ({self.layout})" if self.layout else self.path.name
+        text = f"{what}: {self.tensors} tensors loaded"
+        if self.unused:
+            text += f", left in the file: {_counted(self.unused)}"
+        if self.kept:
+            text += f", not in the file and at their start: {_counted(self.kept)}"
+        return (f"{text}.", *self.remarks, *untrained_notes(self.untrained), *output_notes(self.outputs, labels))
+
+
+def untrained_notes(parts: Iterable[str]) -> list[str]:
+    """That parts of a base were never trained, in sentences."""
+    return [f"the {part} starts at random: train it, with --train {part}." for part in parts]
+
+
+def output_notes(outputs: Outputs | None, labels: Sequence[str]) -> list[str]:
+    """Which labels take outputs of a base, in sentences."""
+    if outputs is None or not labels:
+        return []
+    new = [labels[place] for place in outputs.new]
+    taken = [label for label in labels if label not in new]
+    notes = []
+    if taken:
+        notes.append(f"outputs of the base that go on under their names: {', '.join(taken)}.")
+    if taken and outputs.background is not None:
+        notes.append("the background's output is taken off the others, as the base's outputs were those of a softmax.")
+    if new:
+        notes.append(f"outputs that start new, as the base has none of their names: {', '.join(new)}.")
+    return notes
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds for a network.
+
+    Attributes:
+        layout: its kind; empty for a state dict under the network's own keys.
+        outputs: of its head; 0 where it has none, or where the network names no part `head` to find it by.
+        names: of those, where they are known.
+    """
+
+    layout: str
+    outputs: int
+    names: tuple[str, ...]
+
+
+def contents(net: nn.Module, path: str | Path) -> Contents:
+    """What a checkpoint holds for a network like `net`, with any number of outputs.
+
+    Raises:
+        SegraftError: missing, unreadable, or of another network.
+    """
+    return _read(net, Path(path))[1]
+
+
+def load_weights(net: nn.Module, path: str | Path) -> None:
+    """Load a state dict into `net`, all of it.
+
+    Args:
+        net: the network, changed in place.
+        path: `.safetensors`, or a PyTorch checkpoint: a state dict, or a dictionary that holds one under one of
+            `CONTAINERS`. A prefix that all keys share (`module.`, `net.`) is taken off.
+
+    Raises:
+        SegraftError: missing, unreadable, a pickle with more than data in it, or keys and shapes that do not fit.
+    """
+    path, wanted = Path(path), net.state_dict()
+    tensors = unprefixed(read_tensors(path), wanted)
+    _refuse_misfits(net, path, tensors, wanted, may_miss=())
+    net.load_state_dict(tensors)
+
+
+def load_checkpoint(
+    net: nn.Module,
+    path: str | Path,
+    *,
+    labels: Sequence[str] = (),
+    names: Sequence[str] = (),
+    outputs: Outputs | None = None,
+) -> Loaded:
+    """Load weights of any of the known kinds into `net`, and say what was loaded.
+
+    Args:
+        net: the network, plain, changed in place. Where the file does not hold all of it, what is left keeps its start:
+            build it from a fixed seed.
+        path: as in `load_weights`.
+        labels: of the network's outputs, by which they take those of the file; none: by position.
+        names: of the file's outputs, or one word of `KNOWN_LABELS`; none: as the file's kind has them.
+        outputs: which of them to take, as an earlier call reported it; then neither labels nor names count.
+
+    Raises:
+        SegraftError: as `load_weights`, for all that the file's kind must hold; or outputs that do not fit.
+    """
+    path, wanted = Path(path), net.state_dict()
+    layout, found, used, unused = _read(net, path)
+    kept = _left_at_start(net, wanted, used, layout)
+    head = find_head(net)
+    in_head = frozenset(head.keys if head else ())
+    known = known_labels(names) or found.names
+    if outputs is None:
+        missing = bool(in_head) and in_head <= set(kept)
+        outputs = _matched(net, path, labels, known, found.outputs, missing=missing)
+    _refuse_misfits(net, path, used, wanted, may_miss=kept, but=in_head if outputs else ())
+    reshaped = {key: (tuple(used[key].shape), tuple(wanted[key].shape)) for key in sorted(in_head & set(used))}
+    loaded = len(used)
+    if outputs is not None:
+        used |= head_rows(_settled_head(net, path, outputs, found.outputs), used, wanted, outputs)
+    net.load_state_dict({**{key: wanted[key] for key in kept}, **used})
+    original, remarks = _merging(net, layout)
+    if found.outputs and outputs is not None and outputs.new and not known:
+        text = (
+            f"what its {found.outputs} outputs stand for is not known: name them with --base-labels to go on with them."
+        )
+        remarks = (*remarks, text)
+    return Loaded(
+        path,
+        layout.name,
+        loaded,
+        unused,
+        dict(Counter(kept.values())),
+        {key: (theirs, ours) for key, (theirs, ours) in reshaped.items() if theirs != ours},
+        outputs,
+        original,
+        remarks,
+    )
+
+
+def _read(net: nn.Module, path: Path) -> tuple[Layout, Contents, dict[str, Tensor], dict[str, int]]:
+    """A file's kind, what it holds, its tensors by the network's keys, and how many of each group have no place there.
+
+    Raises:
+        SegraftError: missing, unreadable, or of another network.
+    """
+    wanted = net.state_dict()
+    tensors = unprefixed(read_tensors(path), wanted)
+    layout = recognise(tensors)
+    if layout is not OWN and SWIN not in wanted:
+        raise SegraftError(
+            f"{path} holds a SwinUNETR ({layout.name}), and the network is {type(net).__name__}: "
+            "name the network swin_unetr."
+        )
+    used: dict[str, Tensor] = {}
+    unused: Counter[str] = Counter()
+    for key, value in tensors.items():
+        name, group = layout.renamed(key), layout.group(key)
+        if name in wanted or group is None:
+            used[name] = value
+        else:
+            unused[group] += 1
+    head = find_head(net)
+    outputs = 0 if head is None or head.keys[0] not in used else used[head.keys[0]].shape[0]
+    names = layout.outputs if len(layout.outputs) == outputs else ()
+    return layout, Contents(layout.name, outputs, names), used, dict(unused)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The state dict of a file, on the CPU, its keys as they are.
+
+    Raises:
+        SegraftError: missing, unreadable, a pickle with more than data in it, or no state dict in it.
+    """
+    if not path.is_file():
+        raise SegraftError(f"{path} does not exist: give a file of weights (.safetensors, .pt, .pth).")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise SegraftError(f"{path} is not a readable safetensors file ({error}): is it complete?") from error
+    content = _unpickled(path)
+    for key in CONTAINERS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
+        raise SegraftError(f"{path} holds no state dict: save the network's state_dict() alone.")
+    return content
+
+
+def unprefixed(tensors: Mapping[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
+    """Without the prefixes that all keys share and those of the network do not."""
+    wanted, found = list(wanted), dict(tensors)
+    for prefix in PREFIXES:
+        if all(key.startswith(prefix) for key in found) and not all(key.startswith(prefix) for key in wanted):
+            found = {key.removeprefix(prefix): value for key, value in found.items()}
+    return found
+
+
+def _unpickled(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(list(DATA_ONLY)):
+            # Of a pickle that is refused anyway torch also says that its protocol is unusual.
+            warnings.filterwarnings("ignore", message=".*pickle protocol.*")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        blocked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        named = f" ({blocked[1]})" if blocked else ""
+        raise SegraftError(
+            f"{path} is not loaded, as it is damaged or holds pickled objects besides tensors{named}, which could run "
+            "code: save its state_dict alone (or as .safetensors) where you trust it, such as with "
+            f"torch.save(torch.load({path.name!r}, weights_only=False)['state_dict'], 'weights.pt')."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise SegraftError(f"{path} is not a readable PyTorch checkpoint: is it complete?") from error
+
+
+_MAY_START: dict[str, frozenset[str]] = {
+    "encoder": frozenset({"decoder", "head"}),
+    "all but the head": frozenset({"head"}),
+    "all": frozenset(),
+}
+"""What a file holds -> parts of the network that may stay at their start."""
+
+
+def _left_at_start(
+    net: nn.Module, wanted: Mapping[str, Tensor], used: Mapping[str, Tensor], layout: Layout
+) -> dict[str, str]:
+    """Keys that the file may lack, and lacks, with their part of the network."""
+    allowed = {name: prefixes for name, prefixes in parts_of(net).items() if name in _MAY_START[layout.holds]}
+    return {
+        key: name
+        for key in wanted
+        if key not in used
+        for name, prefixes in allowed.items()
+        if any(key.startswith(f"{prefix}.") for prefix in prefixes)
+    }
+
+
+def _matched(
+    net: nn.Module, path: Path, labels: Sequence[str], names: Sequence[str], in_file: int, *, missing: bool
+) -> Outputs | None:
+    """Which outputs of the file the labels take."""
+    if missing:
+        return Outputs((None,) * require_head(net).outputs)
+    if names and labels:
+        require_head(net)
+    if not labels or not in_file:
+        return None
+    try:
+        return match_outputs(labels, names, in_file)
+    except SegraftError as error:
+        raise SegraftError(f"{path}: {error}") from error
+
+
+def _settled_head(net: nn.Module, path: Path, outputs: Outputs, in_file: int) -> Head:
+    head = require_head(net, len(outputs.rows))
+    rows = [row for row in (*outputs.rows, outputs.background) if row is not None]
+    if rows and max(rows) >= in_file:
+        raise SegraftError(f"{path} has {in_file} outputs, none with the number {max(rows)}: is it the file it was?")
+    return head
+
+
+def _refuse_misfits(
+    net: nn.Module,
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    *,
+    may_miss: Iterable[str],
+    but: Iterable[str] = (),
+) -> None:
+    """Refuse keys and shapes that are not those of the network; of `but` the first dimension may differ."""
+    missing, unexpected = set(wanted) - set(tensors) - set(may_miss), set(tensors) - set(wanted)
+    exempt = {key for key in but if key in tensors and tensors[key].shape[1:] == wanted[key].shape[1:]}
+    both = (set(wanted) & set(tensors)) - exempt
+    reshaped = {key for key in both if tensors[key].shape != wanted[key].shape}
+    problems = [
+        f"{len(keys)} tensors {what}, such as {min(keys)}"
+        for what, keys in (("are missing", missing), ("are unexpected", unexpected), ("have another shape", reshaped))
+        if keys
+    ]
+    if problems:
+        problems = [*_in_words(tensors, wanted), *problems]
+        raise SegraftError(f"the weights in {path} do not fit {type(net).__name__}: {'; '.join(problems)}.")
+
+
+def _in_words(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """In which arguments a SwinUNETR differs from that of the file."""
+    if SWIN not in wanted or SWIN not in tensors:
+        return []
+    theirs, ours = _swin_arguments(tensors), _swin_arguments(wanted)
+    other = {name: value for name, value in theirs.items() if name in ours and value != ours[name]}
+    if not other:
+        return []
+    told = ", ".join(f"{name.replace('_', ' ')} {value}, this network {ours[name]}" for name, value in other.items())
+    return [f"{told} (give --network-args '{json.dumps(other)}')"]
+
+
+def _swin_arguments(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    features, channels, *sizes = tensors[SWIN].shape
+    table = tensors.get("swinViT.layers1.0.blocks.0.attn.relative_position_bias_table")
+    window = {} if table is None else {"window_size": (round(table.shape[0] ** (1 / len(sizes))) + 1) // 2}
+    return {"feature_size": features, "in_channels": channels, **window}
+
+
+def _merging(net: nn.Module, layout: Layout) -> tuple[bool, tuple[str, ...]]:
+    """Let a SwinUNETR compute as its weights were trained, where that is known, and say so."""
+    if not any(name.startswith("swinViT") for name, _ in net.named_children()):
+        return False, ()
+    from segraft.networks.swin import merge_as_before, merges_as_before, merges_as_now
+
+    if layout is not OWN:
+        merge_as_before(net)
+        if merges_as_before(net):
+            return True, ("its tokens are joined as by MONAI before 1.5, with which it was trained.",)
+        return False, ("its tokens are joined as the argument downsample says, and not as it was trained.",)
+    if not merges_as_now(net):
+        return False, ()
+    remark = (
+        "tokens are joined as by MONAI since 1.5; weights trained before, such as those published for BTCV, compute as "
+        "they were trained in the network original_swin_unetr."
+    )
+    return False, (remark,)
+
+
+def _counted(groups: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in groups.items())
