@@ -51,6 +51,6 @@ def test_tables():
     for method in PRESETS:
         if method != "none":
             assert f"| `{method}` |" in README
-    named = re.search(r"--train ([a-z|]+)`", README)
+    named = re.search(r"--train ([a-z_|]+)`", README)
     assert named
     assert set(named[1].split("|")) == set(STRATEGIES) - {"none"}

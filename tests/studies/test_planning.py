@@ -344,11 +344,6 @@ def test_one_scan_under_the_names_of_two_patients_is_refused(make_study, planned
         planned(make_study(own_cohorts))
 
 
-def test_bases_and_adaptations_have_as_many_labels(make_study, planned):
-    with pytest.raises(SegraftError, match=r"learn 1 labels.*2 are asked"):
-        planned(make_study(labels=["core", "rim"]))
-
-
 def test_other_scans_of_the_studys_patients_in_the_same_folder_do_not_pretrain(
     make_study, planned, own_cohorts, request_of
 ):

@@ -38,6 +38,8 @@ EXPECTED = {
     "head": HEAD,
     "bitfit": NORM_BIASES | {"upsampling.0.bias", "head.bias"},
     "affine": NORM_BIASES | {name.replace("bias", "weight") for name in NORM_BIASES},
+    "bitfit_encoder": {name for name in NORM_BIASES if name in ENCODER},
+    "affine_encoder": {n for name in NORM_BIASES if name in ENCODER for n in (name, name.replace("bias", "weight"))},
     "decoder": DECODER | HEAD,
     "encoder": ENCODER,
     "full": DECODER | HEAD | ENCODER,

@@ -275,8 +275,8 @@ def adapter(
     train: Annotated[
         list[str] | None,
         typer.Option(
-            help="Trained whole: none, head, bitfit, affine, decoder, encoder, full (or all); of a multi_view_unet "
-            "also shallow, deep, encoding, decoding; or a part, or an expression.",
+            help="Trained whole: none, head, bitfit, affine, bitfit_encoder, affine_encoder, decoder, encoder, full (or"
+            " all); of a multi_view_unet also shallow, deep, encoding, decoding; or a part, or an expression.",
             rich_help_panel=ADAPTER,
         ),
     ] = None,

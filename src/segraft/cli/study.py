@@ -6,33 +6,58 @@ from typing import Annotated
 import typer
 
 from segraft.allocation import keep_freed_memory
-from segraft.cli.app import err, show_frame, show_json, show_line, show_notes
+from segraft.cli.app import err, show_frame, show_json, show_line, show_notes, split
+from segraft.cli.options import Labels
+from segraft.cli.spreading import SpreadingCommand
 
 study = typer.Typer(help="Studies: grids of adaptations, each trained once, and their report.", add_completion=False)
 
 
-@study.command()
+@study.command(cls=SpreadingCommand)
 def run(
-    name: Annotated[str, typer.Argument(help="A study that comes with Segraft (sah, smoke), or a .yaml file.")],
+    name: Annotated[
+        str, typer.Argument(help="A study that comes with Segraft (sah, few_shot, smoke), or a .yaml file.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the study; started again, it goes on there.")],
-    data: Annotated[Path | None, typer.Option(help="dataset.json of the cohort to adapt to.")] = None,
-    pretrain_data: Annotated[Path | None, typer.Option(help="dataset.json that the bases learn from.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Cohort to adapt to: a dataset.json, or its folder.")] = None,
+    pretrain_data: Annotated[Path | None, typer.Option(help="Cohort that the bases learn from.")] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Weights (.safetensors, .pt) of every base that names none, in place of pre-training."),
+    ] = None,
+    labels: Labels = None,
+    shots: Annotated[
+        list[int] | None, typer.Option(help="Patients to adapt to, each number for itself: --shots 5 10.")
+    ] = None,
+    test_patients: Annotated[
+        int | None, typer.Option(help="Patients to test on, of a study of shots [half of them].")
+    ] = None,
+    seeds: Annotated[
+        list[int] | None, typer.Option(help="Every adaptation is done once with each: --seeds 0 1 2.")
+    ] = None,
     engine: Annotated[str, typer.Option(help="local, or ray (a cluster; its address in RAY_ADDRESS).")] = "local",
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time (ray: per machine).")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
 ) -> None:
-    """Run a study; what is finished is not done again.
+    """Run a study; what is finished is not done again. Options stand above what the study's file says.
 
-    Example: `segraft study run sah --data cohort/dataset.json --pretrain-data tbi/dataset.json --out study`
+    Examples: `segraft study run sah --data cohort/dataset.json --pretrain-data tbi/dataset.json --out study`,
+    `segraft study run few_shot --data dataset.json --weights foundation.pt --shots 5 10 --seeds 0 1 2 --out study`
     """
-    from segraft.studies.reading import read_study
+    from segraft.studies.reading import changed, read_study
     from segraft.studies.report import write_study_report
     from segraft.studies.running import run_study
 
     keep_freed_memory()
-    read = read_study(name)
-    given = {"data": data, "pretrain_data": pretrain_data}
-    read = read.model_copy(update={field: path for field, path in given.items() if path is not None})
+    given = {
+        "data": data,
+        "pretrain_data": pretrain_data,
+        "labels": split(labels) or None,
+        "shots": shots or None,
+        "test_patients": test_patients,
+        "seeds": seeds or None,
+    }
+    read = changed(read_study(name), given, weights=weights)
     result = run_study(read, out, engine=engine, workers=workers, device=device, console=err)
     report = write_study_report(out)
     show_notes([f"run {key} failed: {reason}" for key, reason in result.failures.items()])

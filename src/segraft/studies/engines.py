@@ -127,7 +127,8 @@ def share_of(nodes: Sequence[Mapping[str, float]], workers: int, *, accelerated:
 
 
 def _may_use_gpu(folder: Path) -> bool:
-    return bool(Run.read(folder).identity["settings"]["device"] != "cpu")
+    settings = Run.read(folder).identity.get("settings", {"device": "cpu"})  # weights are imported without computing
+    return bool(settings["device"] != "cpu")
 
 
 def _answer(get: Callable[[], Outcome], folder: Path, dead: type[Exception]) -> Outcome:

@@ -3,25 +3,40 @@
 import re
 import time
 import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from segraft.adapters import AdapterSpec
 from segraft.data.checks import check_cases
-from segraft.data.cohort import Cohort
+from segraft.data.cohort import Case, Cohort
 from segraft.data.levelling import kept_in
 from segraft.data.nifti import write_mask
 from segraft.errors import SegraftError
 from segraft.evaluation.results import CaseResult, save_results
-from segraft.jobs.adapting import adapt
+from segraft.jobs.adapting import BaseSource, adapt
+from segraft.jobs.cases import Served
 from segraft.jobs.evaluating import measure
+from segraft.jobs.importing import import_base
 from segraft.jobs.locating import ADAPTER_FILE
-from segraft.jobs.model import load_model
+from segraft.jobs.model import Model, load_model
+from segraft.jobs.preparing import settle_preparation
 from segraft.jobs.pretraining import pretrain
 from segraft.jobs.run_folder import versions
 from segraft.networks.bases import FILE_NAME
-from segraft.studies.run import FAILED, FINISHED, REQUEST, Outcome, Run, fail, is_finished, locked, write_json
+from segraft.studies.run import (
+    FAILED,
+    FINISHED,
+    REQUEST,
+    Outcome,
+    Run,
+    digest_of,
+    fail,
+    is_finished,
+    locked,
+    write_json,
+)
 from segraft.training.module import NonFiniteLossError
 from segraft.training.settings import check_settings
 
@@ -47,7 +62,7 @@ def execute(folder: Path) -> Outcome:
         left = (folder / CHECKPOINT).is_file()
         started = time.perf_counter()
         try:
-            result = _pretrain(run, folder) if run.kind == "pretrain" else _adapt(run, folder)
+            result = DOING[run.kind](run, folder)
         except Exception as error:  # noqa: BLE001  whatever it is, the other runs must go on
             reason = str(error) if isinstance(error, SegraftError) else f"{type(error).__name__}: {error}"
             if left and not isinstance(error, NonFiniteLossError):
@@ -84,12 +99,27 @@ def _pretrain(run: Run, folder: Path) -> dict[str, Any]:
     return {"trained": None}
 
 
+def _import(run: Run, folder: Path) -> dict[str, Any]:
+    asked = run.identity
+    if not (folder / FILE_NAME).is_file():
+        digest = digest_of(Path(run.data))
+        if digest != asked["weights"]:
+            raise SegraftError(f"the weights {run.data} have changed since the study was planned: plan it again.")
+        import_base(
+            run.data,
+            folder,
+            network=asked["network"],
+            network_arguments=asked["arguments"],
+            labels=asked["labels"],
+        )
+    return {"trained": None}
+
+
 def _adapt(run: Run, folder: Path) -> dict[str, Any]:
     asked, base = run.identity, folder.parent / str(run.base)
     if not is_finished(base):
         raise SegraftError(f"its base, run {run.base}, is not finished: see what went wrong there.")
     result: dict[str, Any] = {"trained": 0, "bytes": 0, "training": None}
-    model = base / FILE_NAME
     if run.train:
         model = folder / ADAPTER_FILE
         if not model.is_file():
@@ -111,8 +141,15 @@ def _adapt(run: Run, folder: Path) -> dict[str, Any]:
             "bytes": bytes_of_tensors(model),
             "training": record["training"],
         }
-    save_results(_test(run, model, folder), folder, record={"run": run.key, "identity": dict(asked)})
+    save_results(_test(run, base, folder), folder, record={"run": run.key, "identity": dict(asked)})
     return result
+
+
+DOING: dict[str, Callable[[Run, Path], dict[str, Any]]] = {
+    "pretrain": _pretrain,
+    "import": _import,
+    "adapt": _adapt,
+}
 
 
 def bytes_of_tensors(path: Path) -> int:
@@ -129,16 +166,31 @@ def load_record(adapter: Path) -> dict[str, Any]:
     return dict(read_header(adapter).record)
 
 
-def _test(run: Run, path: Path, folder: Path) -> list[CaseResult]:
+def _test(run: Run, base: Path, folder: Path) -> list[CaseResult]:
     """Segment the test cases on their own grids, keep the masks, and measure them."""
     cohort = Cohort.read(run.data, patient_pattern=run.patient_pattern)
     cases = {case.id: case for case in cohort.cases}
     labels = cohort.select_labels([value for value, _ in run.identity["labels"]])
-    check_cases([cases[name] for name in run.test], cohort, labels, each_present=False)
-    model = replace(load_model(path), labels=labels)
+    tested = [cases[name] for name in run.test]
+    check_cases(tested, cohort, labels, each_present=False)
+    model = load_model(folder / ADAPTER_FILE) if run.train else _as_it_is(base, run, labels, tested)
+    model = replace(model, labels=labels)
     results: list[CaseResult] = []
     for name in run.test:
         mask, scan = model.segment(cases[name].image, device=run.identity["settings"]["device"])
         results += measure(cases[name], mask, labels)
         write_mask(mask, scan, folder / MASKS / f"{name}.nii.gz")
     return results
+
+
+def _as_it_is(base: Path, run: Run, labels: Mapping[int, str], cases: Sequence[Case]) -> Model:
+    """A base with the outputs that the labels take of it, as `adapt` would begin with."""
+    loaded = BaseSource(base).load(labels)
+    if loaded.new:
+        missing = ", ".join(list(labels.values())[place] for place in sorted(loaded.new))
+        raise SegraftError(
+            f"the base {run.base} has no trained output for {missing}, so nothing can be said without training: leave "
+            "the arm that trains nothing out."
+        )
+    preparation = settle_preparation(run.identity["preparation"], loaded.preparation, loaded.net, cases)
+    return Model(loaded.net.eval(), dict(labels), preparation, Served(), loaded.served, base / FILE_NAME)

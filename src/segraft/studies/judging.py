@@ -1,4 +1,4 @@
-"""What a study found: the ranks chosen, the tests against the reference, the volumes."""
+"""What a cross-validated study found: the ranks chosen, the tests against the reference, the volumes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,17 +69,14 @@ def judge(scores: Scores) -> Judgement:
     notes = []
     whole = []
     for name in scores.plan.arms:
-        lacking = [
-            run for run in missing.get(name, ()) if len(run.held_out) == 1 or scores.plan.arms[name].trains_nothing
-        ]
-        if lacking:
+        if lacking := scores.lacking(name):
             notes.append(f"{name}: {len(lacking)} of its runs have no result, so it is left out of the comparison.")
         else:
             whole.append(name)
     arms = scores.plan.arms
     strategies = tuple(Entrant(arm, arms[arm].family, arm, scores.dice(arm)) for arm in whole if arms[arm].rank is None)
     methods = _at_best(scores, _table(scores, [arm for arm in whole if arms[arm].rank is not None]))
-    several = [family for family in _families(scores) if study.nested and study.folds > 2]
+    several = [family for family in _families(scores) if study.nested and (study.folds or 0) > 2]
     unready = {arms[arm].family for arm in missing if arm in arms}
     notes += [
         f"{family}: its rank cannot be chosen inside the training folds, as runs are missing."
@@ -174,7 +171,7 @@ def _chosen_inside(scores: Scores, table: pd.DataFrame) -> tuple[Entrant, ...]:
     for family in dict.fromkeys(family for family, _ in choice):
         ranks = tuple(rank for (each, _), rank in sorted(choice.items()) if each == family)
         often = max(sorted(set(ranks)), key=ranks.count)
-        name = family.replace(" (", f" {'/'.join(map(str, ranks))} (", 1)
+        name = scores.plan.arms[arms[family, often]].at("/".join(map(str, ranks)))
         entrants.append(Entrant(name, family, arms[family, often], dice[family], ranks))
     return tuple(entrants)
 

@@ -1,7 +1,9 @@
 """Reading a study from YAML."""
 
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -30,7 +32,7 @@ def read_study(name: str | Path) -> Study:
 
 
 def _content(name: str | Path, seen: tuple[Path | str, ...]) -> object:
-    """What the file says, with what it extends; paths of cohorts as seen from the file."""
+    """What the file says, with what it extends; paths of cohorts and weights as seen from the file."""
     path, is_file = Path(name), Path(name).suffix in SUFFIXES
     where = path.resolve() if is_file else str(name)
     if where in seen:
@@ -42,9 +44,12 @@ def _content(name: str | Path, seen: tuple[Path | str, ...]) -> object:
     if not isinstance(content, dict):
         return content
     if is_file:
-        for field in ("data", "pretrain_data"):
-            if isinstance(content.get(field), str):
-                content[field] = str(path.parent / content[field])
+        bases = content.get("bases")
+        known = [base for base in bases.values() if isinstance(base, dict)] if isinstance(bases, dict) else []
+        for part, fields in ((content, ("data", "pretrain_data")), *((base, ("weights",)) for base in known)):
+            for field in fields:
+                if isinstance(part.get(field), str):
+                    part[field] = str(path.parent / part[field])
     extended = content.pop("extends", None)
     if extended is None:
         return content
@@ -68,6 +73,26 @@ def _merged(below: object, above: object) -> object:
     if not (isinstance(below, dict) and isinstance(above, dict)) or "kind" in above:
         return above  # of another kind, the fields below mean nothing
     return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
+
+
+def changed(study: Study, given: Mapping[str, Any], *, weights: Path | None = None) -> Study:
+    """A study with what was said when it was called, checked as if the file had said it.
+
+    Args:
+        study: as read.
+        given: field -> value; None leaves the study's own.
+        weights: of every base that names none, which is then not pre-trained.
+
+    Raises:
+        SegraftError: what `checked` refuses.
+    """
+    content = study.model_dump(mode="python")
+    content |= {field: value for field, value in given.items() if value is not None}
+    if weights is not None:
+        for base in content["bases"].values():
+            if base["weights"] is None:
+                base |= {"weights": weights, "training": {}, "patients": None}
+    return checked(content, study.name)
 
 
 def checked(content: object, name: str | Path) -> Study:

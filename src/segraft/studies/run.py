@@ -20,16 +20,16 @@ class Run:
     """What one training is to do, complete in itself: a process on another machine needs nothing else.
 
     Attributes:
-        kind: `pretrain` makes a base; `adapt` makes an adapter and tests it.
+        kind: `pretrain` and `import` make a base; `adapt` makes an adapter and tests it.
         identity: everything that the result depends on; its digest names the folder. Scans are in it by their content.
-        data: `dataset.json`.
+        data: what it reads: `dataset.json`, or the weights to import.
         patient_pattern: that its patients are told by.
         train: ids of the cases to train on; empty where nothing is trained.
         test: ids of the cases to test on.
         base: the key of the run that makes the base.
     """
 
-    kind: Literal["pretrain", "adapt"]
+    kind: Literal["pretrain", "import", "adapt"]
     identity: Mapping[str, Any]
     data: str
     patient_pattern: str | None
@@ -126,6 +126,20 @@ def write_json(path: Path, content: object) -> None:
     """Strict JSON, whole or not at all."""
     with replacing(path) as aside:
         aside.write_text(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def digest_of(weights: Path) -> str:
+    """The SHA-256 of a file's bytes.
+
+    Raises:
+        SegraftError: it cannot be read.
+    """
+    try:
+        with weights.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        reason = f"the weights {weights} cannot be read ({error.strerror})"
+        raise SegraftError(f"{reason}: correct the path, or --weights.") from error
 
 
 @contextmanager

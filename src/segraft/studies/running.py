@@ -8,6 +8,7 @@ from rich.console import Console
 
 from segraft.errors import SegraftError
 from segraft.studies.checking import check_study
+from segraft.studies.designs import Design, Planned, design_of
 from segraft.studies.engines import ENGINES
 from segraft.studies.planning import PLAN, Plan, plan
 from segraft.studies.run import Outcome, Runs, is_finished
@@ -69,7 +70,7 @@ def run_study(
     runs = Runs(out / RUNS)
     planned = plan(study, runs, device=device, console=console)
     planned.write(out / PLAN)
-    names = {run.key: _name(run.arm, run.held_out, run.seed) for run in planned.runs}
+    names = {run.key: _name(design_of(planned.study), run) for run in planned.runs}
     outcomes: list[Outcome] = []
     waves = [_keys(planned, bases=bases) for bases in (True, False)]  # an adaptation waits for its base
     left = [[runs.folder(key) for key in wave if not is_finished(runs.folder(key))] for wave in waves]
@@ -97,6 +98,5 @@ def _how(outcome: Outcome) -> str:
     return "was done meanwhile" if outcome.seconds is None else f"done, {outcome.seconds:.0f} s"
 
 
-def _name(arm: str, held_out: tuple[int, ...], seed: int) -> str:
-    folds = f" without fold {' and '.join(str(fold + 1) for fold in held_out)}" if held_out else ""
-    return f"{arm}{folds}, seed {seed}"
+def _name(design: Design, run: Planned) -> str:
+    return f"{' '.join(filter(None, (run.arm, design.told(run))))}, seed {run.seed}"

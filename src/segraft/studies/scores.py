@@ -9,7 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from segraft.studies.planning import Plan, Planned
+from segraft.studies.designs import Design, Planned, design_of
+from segraft.studies.planning import Plan
 from segraft.studies.run import FINISHED, Runs, failure_of, is_finished
 
 
@@ -17,10 +18,13 @@ from segraft.studies.run import FINISHED, Runs, failure_of, is_finished
 class Scores:
     """Results of a study, as far as its runs are finished.
 
+    Where a study holds several comparisons (`Design.levels`), `level` says which: a number of shots.
+
     Attributes:
         plan: the study's runs.
         table: one row per run, test case and label: `run`, `arm`, `family`, `method`, `rank` (0 without factors),
-            `seed`, `held_out`, `case`, `patient`, `fold`, `label`, `dice`, `hausdorff95_mm`, `volume_ml`, `truth_ml`.
+            `seed`, the columns of the study's design (`held_out` and `fold`, or `shots`), `case`, `patient`, `label`,
+            `dice`, `hausdorff95_mm`, `volume_ml`, `truth_ml`.
         finished: key -> what the run says of itself.
         failures: key -> reason of the last try.
         waiting: keys of runs that were not done, or are being done.
@@ -41,56 +45,84 @@ class Scores:
                 missing.setdefault(run.arm, []).append(run)
         return missing
 
-    def outer(self, arm: str) -> pd.DataFrame:
-        """The rows in which every patient is predicted by the training that held out his fold alone."""
-        rows = self.table[self.table["arm"] == arm]
-        return rows.loc[[held == (fold,) for held, fold in zip(rows["held_out"], rows["fold"], strict=True)]]
+    @property
+    def design(self) -> Design:
+        """Of the study."""
+        return design_of(self.plan.study)
 
-    def dice(self, arm: str) -> dict[str, float]:
-        """Patient -> Dice: mean over scans and labels, then over seeds."""
-        return self._by_patient(arm, "dice")
+    def lacking(self, arm: str, level: int | None = None) -> list[Planned]:
+        """Runs without a result, without which the arm cannot be compared."""
+        known = self.plan.arms[arm]
+        return [run for run in self.missing.get(arm, ()) if self.design.counts(run, known, level)]
 
-    def volumes_ml(self, arm: str) -> dict[str, tuple[float, float]]:
+    def outer(self, arm: str, level: int | None = None) -> pd.DataFrame:
+        """The rows that count: every patient once per seed, scan and label."""
+        return self.design.counted(self.table[self.table["arm"] == arm], level)
+
+    def dice(self, arm: str, level: int | None = None, *, label: str | None = None) -> dict[str, float]:
+        """Patient -> Dice: mean over scans and labels (or of one label), then over seeds."""
+        means = self._by_patient(arm, level, label).groupby("patient").mean()
+        return {str(patient): float(value) for patient, value in means.items()}
+
+    def dice_by_seed(self, arm: str, level: int | None = None, *, label: str | None = None) -> dict[int, float]:
+        """Seed -> mean over patients."""
+        means = self._by_patient(arm, level, label).groupby("seed").mean()
+        return {int(str(seed)): float(value) for seed, value in means.items()}
+
+    def volumes_ml(self, arm: str, level: int | None = None) -> dict[str, tuple[float, float]]:
         """Patient -> predicted and annotated volume in mL, all labels together: mean over scans, then over seeds."""
-        rows = self.outer(arm).groupby(["patient", "seed", "case"], sort=True)[["volume_ml", "truth_ml"]].sum()
+        rows = self.outer(arm, level).groupby(["patient", "seed", "case"], sort=True)[["volume_ml", "truth_ml"]].sum()
         means = rows.groupby(["patient", "seed"]).mean().groupby("patient").mean()
         return {str(patient): (float(row.iloc[0]), float(row.iloc[1])) for patient, row in means.iterrows()}
 
-    def _by_patient(self, arm: str, column: str) -> dict[str, float]:
-        rows = self.outer(arm).groupby(["patient", "seed"], sort=True)[column].mean()
-        return {str(patient): float(value) for patient, value in rows.groupby("patient").mean().items()}
+    def _by_patient(self, arm: str, level: int | None, label: str | None) -> "pd.Series[float]":
+        rows = self.outer(arm, level)
+        rows = rows if label is None else rows[rows["label"] == label]
+        return rows.groupby(["patient", "seed"], sort=True)["dice"].mean()
 
     def annotated_ml(self) -> dict[str, float]:
         """Patient -> annotated volume in mL, of any arm: all are tested on the same scans."""
         found: dict[str, float] = {}
         for arm in self.plan.arms:
-            found |= {patient: truth for patient, (_, truth) in self.volumes_ml(arm).items()}
+            for level in self.design.levels:
+                found |= {patient: truth for patient, (_, truth) in self.volumes_ml(arm, level).items()}
         return dict(sorted(found.items()))
 
-    def trained(self, arm: str) -> int | None:
-        """Trained parameters of one training of an arm."""
-        counts = [self.finished[run.key]["trained"] for run in self._runs(arm)]
-        return counts[0] if counts else None
+    def trained(self, arm: str, level: int | None = None) -> int | None:
+        """Trained parameters of one training; the mean, as methods that adapt their rank keep more or fewer."""
+        return self._mean_of("trained", arm, level)
 
-    def bytes(self, arm: str) -> int | None:
-        """Size of the tensors in one adapter file of an arm."""
-        sizes = [self.finished[run.key]["bytes"] for run in self._runs(arm)]
-        return sizes[0] if sizes else None
+    def bytes(self, arm: str, level: int | None = None) -> int | None:
+        """Size of the tensors in one adapter file, likewise."""
+        return self._mean_of("bytes", arm, level)
 
-    def seconds(self, arm: str) -> float | None:
-        """Mean time of one training of an arm."""
-        training = [self.finished[run.key]["training"] for run in self._runs(arm)]
-        times = [each["seconds"] for each in training if each]
+    def _mean_of(self, what: str, arm: str, level: int | None) -> int | None:
+        counts = [self.finished[run.key][what] for run in self._runs(arm, level)]
+        return round(fmean(counts)) if counts else None
+
+    def seconds(self, arm: str, level: int | None = None) -> float | None:
+        """Mean time of one training of an arm; of a level, of those that count for it."""
+        times = [each["seconds"] for run in self._runs(arm, level) if (each := self.finished[run.key]["training"])]
         return fmean(times) if times else None
 
-    def _runs(self, arm: str) -> list[Planned]:
-        return [run for run in self.plan.runs if run.arm == arm and run.key in self.finished]
+    def rank_in_use(self, arm: str, level: int | None = None) -> float | None:
+        """Mean rank in use at the end of training, over layers and seeds; None for methods that do not adapt it."""
+        training = [self.finished[run.key]["training"] for run in self._runs(arm, level)]
+        ranks = [each["ranks"][-1] for each in training if each and each.get("ranks")]
+        return fmean(ranks) if ranks else None
+
+    def runs(self, arm: str) -> list[str]:
+        """Keys of its runs, done or not."""
+        return [run.key for run in self.plan.runs if run.arm == arm]
+
+    def _runs(self, arm: str, level: int | None = None) -> list[Planned]:
+        """Those that are done; of a level, those that count for it."""
+        done = [run for run in self.plan.runs if run.arm == arm and run.key in self.finished]
+        return done if level is None else [r for r in done if self.design.counts(r, self.plan.arms[arm], level)]
 
 
-COLUMNS = (
-    "run", "arm", "family", "method", "rank", "seed", "held_out", "case", "patient", "fold", "label", "dice",
-    "hausdorff95_mm", "volume_ml", "truth_ml",
-)  # fmt: skip
+FIRST = ("run", "arm", "family", "method", "rank", "seed")
+METRICS = ("dice", "hausdorff95_mm", "volume_ml", "truth_ml")
 
 
 def collect(plan: Plan, runs: Runs) -> Scores:
@@ -109,15 +141,15 @@ def collect(plan: Plan, runs: Runs) -> Scores:
         finished[planned.key] = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
         if planned.base is not None:
             rows += _rows(plan, planned, folder)
-    return Scores(plan, pd.DataFrame(rows, columns=list(COLUMNS)), finished, failures, tuple(waiting))
+    columns = [*FIRST, *design_of(plan.study).columns, "case", "patient", "label", *METRICS]
+    return Scores(plan, pd.DataFrame(rows, columns=columns), finished, failures, tuple(waiting))
 
 
 def _rows(plan: Plan, planned: Planned, folder: Path) -> list[dict[str, Any]]:
-    arm = plan.arms[planned.arm]
+    arm, design = plan.arms[planned.arm], design_of(plan.study)
     rows = []
     for case in json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["cases"]:
         patient = plan.patients[case["case"]]
-        fold = plan.folds[patient]
         rows.append(
             {
                 "run": planned.key,
@@ -126,13 +158,11 @@ def _rows(plan: Plan, planned: Planned, folder: Path) -> list[dict[str, Any]]:
                 "method": arm.method,
                 "rank": arm.rank or 0,
                 "seed": planned.seed,
-                # What nothing was trained for has held out each fold as well as all.
-                "held_out": (fold,) if arm.trains_nothing else planned.held_out,
+                **design.row(planned, arm, plan.folds.get(patient)),
                 "case": case["case"],
                 "patient": patient,
-                "fold": fold,
                 "label": case["name"],
-                **{name: case[name] for name in ("dice", "hausdorff95_mm", "volume_ml", "truth_ml")},
+                **{name: case[name] for name in METRICS},
             }
         )
     return rows

@@ -12,6 +12,9 @@ from segraft.errors import SegraftError
 from segraft.training.settings import TrainingSettings, check_settings
 from segraft.training.strategies import STRATEGIES, selectors
 
+FOLDS = 3
+"""Of a study that says neither folds nor shots."""
+
 BEST_STRATEGY = "best strategy"
 """As a reference of the statistics: of the arms without an adapter, the one with the highest mean Dice."""
 
@@ -21,19 +24,29 @@ class _Part(BaseModel):
 
 
 class Base(_Part):
-    """A network, and how it is pre-trained.
+    """A network, and how it is pre-trained, or where its weights are.
 
     Attributes:
         network: a key of `segraft.networks.NETWORKS`, or `package.module:Class`.
         arguments: of the network.
+        weights: a file of weights from elsewhere, relative to the study's file: then nothing is pre-trained.
+        labels: names of the outputs of such weights, in order; none where the file is known to name its own.
         patients: of the pre-training cohort to draw; None means all that are not in the study itself.
         training: settings of the pre-training (`TrainingSettings`).
     """
 
     network: str
     arguments: dict[str, Any] = {}
+    weights: Path | None = None
+    labels: tuple[str, ...] = ()
     patients: int | None = Field(default=None, ge=1)
     training: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _either(self) -> Self:
+        if self.weights is not None and (self.training or self.patients):
+            raise ValueError("it has weights, so nothing is pre-trained: leave its training and patients out")
+        return self
 
 
 class Arms(_Part):
@@ -43,7 +56,8 @@ class Arms(_Part):
         base: a key of the study's bases.
         methods: presets of `AdapterSpec`; `none` adds no factors.
         ranks: of the methods.
-        strategies: what is trained whole beside the factors (`STRATEGIES`).
+        strategies: what is trained whole beside the factors (`STRATEGIES`), such as `none`, or several as one:
+            `bitfit_encoder + decoder`.
         adapter: further fields of `AdapterSpec`, such as `targets` or `bias`.
         training: settings that differ from the study's.
     """
@@ -57,7 +71,7 @@ class Arms(_Part):
 
 
 class Study(_Part):
-    """What is compared, on whom, and how it is judged.
+    """What is compared, on whom, and how it is judged. It is either of `folds` or of `shots` (`studies.designs`).
 
     Attributes:
         name: of the study.
@@ -71,16 +85,20 @@ class Study(_Part):
         pretrain_data: `dataset.json` that the bases learn from. Where it is the same cohort, patients of the study
             never pre-train.
         pretrain_labels: of that.
-        folds: of the cross-validation, by patient.
-        seeds: of the adaptations: each is done once with each. (Of a base: `seed` in its training.)
-        split_seed: of the draw of patients and of the folds.
+        folds: of the cross-validation, by patient; three where there are no shots.
+        shots: patients to adapt to, each number for itself; all are tested on the same other patients.
+        test_patients: of a study of shots; None means half of the patients, rounded down.
+        seeds: of the adaptations: each is done once with each. (Of a base: `seed` in its training.) In a study of shots
+            each draws patients to adapt to of its own.
+        split_seed: of the draw of patients, and of the folds or the patients to test on.
         preparation: of the scans, fields of `Preparation`.
         bases: by name.
         arms: what is compared.
         training: settings of every adaptation (`TrainingSettings`).
         nested: also choose each method's rank inside the training folds, which takes n(n − 1)/2 more trainings per
-            method and rank, for n folds.
-        reference: what methods are tested against: the name of an arm, or `best strategy`.
+            method and rank, for n folds; without meaning in a study of shots.
+        reference: what methods (in a study of shots, all arms) are tested against: the name of an arm, or
+            `best strategy`.
         strata_ml: upper ends of the strata of annotated volume in mL, or `tertiles`.
     """
 
@@ -94,7 +112,9 @@ class Study(_Part):
     patients: int | None = Field(default=None, ge=2)
     pretrain_data: Path | None = None
     pretrain_labels: tuple[str, ...] = ()
-    folds: int = Field(default=3, ge=2)
+    folds: int | None = Field(default=None, ge=2)
+    shots: tuple[int, ...] = ()
+    test_patients: int | None = Field(default=None, ge=1)
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     split_seed: int = Field(default=0, ge=0)
     preparation: dict[str, Any] = {}
@@ -104,6 +124,22 @@ class Study(_Part):
     nested: bool = True
     reference: str = BEST_STRATEGY
     strata_ml: tuple[float, ...] | Literal["tertiles"] = (25, 50, 100, 300)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_folds(cls, content: Any) -> Any:
+        if isinstance(content, Mapping) and not content.get("shots") and content.get("folds") is None:
+            return {**content, "folds": FOLDS}
+        return content
+
+    @field_validator("shots")
+    @classmethod
+    def _some(cls, shots: tuple[int, ...]) -> tuple[int, ...]:
+        if min(shots, default=1) < 1:
+            raise ValueError(f"{min(shots)} patients cannot be learned from: give shots of at least 1")
+        if len(set(shots)) < len(shots):
+            raise ValueError(f"the shots {', '.join(map(str, shots))} must differ")
+        return shots
 
     @field_validator("strata_ml", mode="before")
     @classmethod
@@ -123,16 +159,27 @@ class Study(_Part):
         return seeds
 
     @model_validator(mode="after")
+    def _one_design(self) -> Self:
+        if self.shots and self.folds is not None:
+            raise ValueError(
+                f"it has {self.folds} folds and {', '.join(map(str, self.shots))} shots, and can be of one of them "
+                "alone: take one out (`folds: null` where they are those of an extended study)"
+            )
+        if self.test_patients is not None and not self.shots:
+            raise ValueError("test_patients are of a study of shots, and in one of folds every patient is tested on")
+        return self
+
+    @model_validator(mode="after")
     def _whole(self) -> Self:
         for arms in self.arms:
             if arms.base not in self.bases:
                 raise ValueError(f"arms of base {arms.base!r}: the study has the bases {', '.join(self.bases)}")
-            for strategy in arms.strategies:
-                if strategy.lower() not in STRATEGIES:
+            for strategy in (each for joined in arms.strategies for each in _joined(joined)):
+                if strategy not in STRATEGIES:
                     raise ValueError(f"unknown strategy {strategy!r}: choose among {', '.join(STRATEGIES)}")
             self.settings(arms.training, seed=0)
             for arm in arms_of(arms):
-                arm.spec(selectors([arm.strategy]))
+                arm.spec()
         for base in self.bases.values():
             settings_of(base.training)
         arms_there = [arm for arms in self.arms for arm in arms_of(arms)]
@@ -140,7 +187,8 @@ class Study(_Part):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"the arm {min(twice)!r} is there twice: each must have a name of its own")
-        if self.reference not in {BEST_STRATEGY, *names, *(arm.family for arm in arms_there)}:
+        families = () if self.shots else (arm.family for arm in arms_there)  # of shots, none chooses its rank
+        if self.reference not in {BEST_STRATEGY, *names, *families}:
             raise ValueError(
                 f"the reference {self.reference!r} is no arm: choose {BEST_STRATEGY}, or {', '.join(names)}"
             )
@@ -179,7 +227,7 @@ class Arm(_Part):
         base: name of the base.
         method: preset of `AdapterSpec`, or `none`.
         rank: None without a method.
-        strategy: what is trained whole.
+        strategy: what is trained whole; several are joined by ` + `.
         adapter: further fields of `AdapterSpec`.
         training: settings that differ from the study's.
     """
@@ -194,20 +242,30 @@ class Arm(_Part):
     @property
     def family(self) -> str:
         """The name without the rank: what a rank is chosen for."""
-        parts = [part for part in (self.method, self.strategy) if part != "none"]
-        return f"{' + '.join(parts) or 'none'} ({self.base})"
+        return self.at("")
 
     @property
     def name(self) -> str:
-        """Such as `dora_c 64 (unet)`."""
-        return self.family if self.rank is None else self.family.replace(" (", f" {self.rank} (", 1)
+        """Such as `dora_c 64 (unet)`, or `lora 8 + decoder (unet)`."""
+        return self.at("" if self.rank is None else str(self.rank))
+
+    def at(self, rank: str) -> str:
+        """The name with this in place of the rank."""
+        method = "none" if self.method == "none" else f"{self.method} {rank}".rstrip()
+        parts = [part for part in (method, self.strategy) if part != "none"]
+        return f"{' + '.join(parts) or 'none'} ({self.base})"
 
     @property
     def trains_nothing(self) -> bool:
         """The base as it is."""
         return self.method == "none" and self.strategy == "none"
 
-    def spec(self, train: tuple[str, ...]) -> AdapterSpec:
+    @property
+    def train(self) -> tuple[str, ...]:
+        """Selectors of what is trained whole."""
+        return selectors(_joined(self.strategy))
+
+    def spec(self) -> AdapterSpec:
         """Of the adapter."""
         known = {field.name for field in fields(AdapterSpec)} - {"method", "rank", "train"}
         unknown = sorted(set(self.adapter) - known)
@@ -217,7 +275,7 @@ class Arm(_Part):
             )
         rank = {} if self.rank is None else {"rank": self.rank}
         try:
-            return AdapterSpec(self.method, **{**rank, **self.adapter, "train": train})
+            return AdapterSpec(self.method, **{**rank, **self.adapter, "train": self.train})
         except (TypeError, AttributeError) as error:
             raise SegraftError(f"adapter: a field has a value of another type than it takes ({error}).") from error
 
@@ -229,7 +287,7 @@ def arms_of(arms: Arms) -> list[Arm]:
             base=arms.base,
             method=method,
             rank=rank,
-            strategy=strategy.lower(),
+            strategy=" + ".join(_joined(strategy)),
             adapter=arms.adapter,
             training=arms.training,
         )
@@ -237,3 +295,9 @@ def arms_of(arms: Arms) -> list[Arm]:
         for strategy in arms.strategies
         for rank in (arms.ranks if method != "none" else (None,))
     ]
+
+
+def _joined(strategy: str) -> list[str]:
+    """The strategies of one entry, each once; `none` only alone."""
+    names = list(dict.fromkeys(name.strip().lower() for name in strategy.split("+")))
+    return [name for name in names if name != "none"] or names[:1]

@@ -8,21 +8,27 @@ import pandas as pd
 from segraft.evaluation.results import MISSING, mean_sd
 from segraft.studies.judging import Entrant, Judgement
 from segraft.studies.scores import Scores
-from segraft.studies.spec import Study
-from segraft.training.strategies import selectors
+from segraft.studies.spec import Study, arms_of
 
 
 def modules(study: Study) -> pd.DataFrame:
     """Table 2: what each strategy trains."""
     rows = {
-        (strategy, arms.base): ", ".join(selectors([strategy])).replace(".*", "everything") or "nothing"
+        (arm.strategy, arm.base): ", ".join(_in_words(place) for place in arm.train) or "nothing"
         for arms in study.arms
-        for strategy in (each.lower() for each in arms.strategies)
-        if "none" in arms.methods
+        for arm in arms_of(arms)
+        if arm.method == "none"
     }
     return pd.DataFrame(
         [{"Network": base, "Strategy": strategy, "Modules": trained} for (strategy, base), trained in rows.items()]
     )
+
+
+def _in_words(place: str) -> str:
+    """A selector of what is trained whole."""
+    kind, colon, where = place.rpartition(":")
+    where = "everything" if where == ".*" else where
+    return f"{'norms' if kind == 'norm' else 'biases'} of {where}" if colon else where
 
 
 def arms(scores: Scores) -> pd.DataFrame:
@@ -56,8 +62,13 @@ def by_volume(judgement: Judgement, entrants: Sequence[Entrant]) -> pd.DataFrame
     return pd.DataFrame(rows)
 
 
-def tests(found: pd.DataFrame) -> pd.DataFrame:
+TESTED = "(one-sided tests: is the Dice higher? Benjamini-Hochberg corrected over the rows)"
+
+
+def tests(found: pd.DataFrame | None) -> pd.DataFrame:
     """Table 6: 95 % interval of the mean paired difference, and one-sided tests, Benjamini-Hochberg corrected."""
+    if found is None:
+        return pd.DataFrame()
     return pd.DataFrame(
         {
             "Arm": name,
@@ -106,7 +117,7 @@ def runs(scores: Scores) -> pd.DataFrame:
             {
                 "Run": run.key,
                 "Arm": run.arm,
-                "Folds held out": ", ".join(str(fold + 1) for fold in run.held_out) or MISSING,
+                "Training": scores.design.told(run) or MISSING,
                 "Seed": run.seed,
                 "Dice": f"{means[run.key]:.3f}" if run.key in means.index else MISSING,
                 "State": state,
