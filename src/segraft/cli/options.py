@@ -229,6 +229,12 @@ def preparation(
     crop_foreground: Annotated[
         bool | None, typer.Option(help="Crop to what is above 0 [no].", rich_help_panel=SCANS)
     ] = None,
+    overlap: Annotated[
+        float | None,
+        typer.Option(
+            help="Of neighbouring patches when a scan is segmented, from 0 to below 1 [0.5].", rich_help_panel=SCANS
+        ),
+    ] = None,
 ) -> dict[str, Any]:
     """Fields of `Preparation`, only those the user said."""
     if window and percentiles:
@@ -245,6 +251,7 @@ def preparation(
         "intensity": intensity,
         "orientation": orientation,
         "crop_foreground": crop_foreground,
+        "overlap": overlap,
     }
     return {name: value for name, value in said.items() if value is not None}
 

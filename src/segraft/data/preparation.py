@@ -74,6 +74,7 @@ class Preparation(_Settings):
         intensity: what becomes 0 and what becomes 1.
         crop_foreground: crop to the box of what is above 0 after scaling.
         patch: voxels along those axes that a network sees at once; a last size of 1 means 2D slices.
+        overlap: of neighbouring patches along each axis, as a share of their size, when a whole scan is segmented.
     """
 
     head: bool = False
@@ -82,6 +83,7 @@ class Preparation(_Settings):
     intensity: Annotated[Window | Percentiles, Field(discriminator="kind")] = Percentiles()
     crop_foreground: bool = False
     patch: tuple[PositiveInt, PositiveInt, PositiveInt] = (96, 96, 96)
+    overlap: float = Field(default=0.5, ge=0, lt=1)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], path: str | Path) -> "Preparation":

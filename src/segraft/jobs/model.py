@@ -62,6 +62,7 @@ class Model:
             self.net.to(where),
             image.as_tensor(),
             self.preparation.patch,
+            overlap=self.preparation.overlap,
             device=where,
             precision=precision,
         )
