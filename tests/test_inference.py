@@ -155,3 +155,27 @@ def test_label_map(probabilities, label):
 def test_label_map_of_one_label():
     probability = torch.tensor([0.2, 0.5, 0.9]).reshape(1, 3, 1, 1)
     assert label_map(probability, [4]).flatten().tolist() == [0, 4, 4]
+
+
+class Together(nn.Module):
+    """Takes channels of NaN; notes whether any was in part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_part = False
+
+    def forward(self, image: Tensor) -> Tensor:
+        empty = torch.isnan(image)
+        self.in_part |= bool((empty.any((2, 3, 4)) != empty.all((2, 3, 4))).any())
+        return torch.nan_to_num(image).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("patch", [(4, 6, 8), (20, 8, 4), (20, 20, 20)])
+def test_a_missing_channel_is_missing_in_every_patch(patch):
+    """Also where a patch reaches beyond the scan, which is padded with zeros."""
+    image, net = noise(3, 9, 11, 7), Together()
+    image[1] = torch.nan
+    found = sliding_probability(net, image, patch)
+    assert not net.in_part
+    torch.testing.assert_close(found[0], torch.sigmoid(image[0] + image[2]), rtol=0, atol=1e-5)
+    assert torch.isnan(image[1]).all(), "the scan is left as it was"

@@ -26,7 +26,7 @@ def sliding_probability(
 
     Args:
         net: in evaluation mode, maps [B, C, X, Y(, Z)] to logits [B, L, X, Y(, Z)].
-        image: [C, X, Y, Z]; smaller than the patch is padded with zeros.
+        image: [C, X, Y, Z]; smaller than the patch is padded with zeros. A channel that is missing is NaN throughout.
         patch: voxels along X, Y, Z; with 1 in Z the network is two-dimensional and is given single slices.
         overlap: of neighbouring patches along each axis, in [0, 1).
         batch: patches at once.
@@ -44,7 +44,12 @@ def sliding_probability(
     autocast = AUTOCAST[precision]
     where = torch.device(device)
 
+    missing = torch.isnan(image).all(dim=(1, 2, 3))  # padding must not make zeros of their borders
+
     def probability(window: Tensor) -> Tensor:
+        if missing.any():
+            window = window.clone()
+            window[:, missing.to(window.device)] = torch.nan
         with torch.autocast(where.type, dtype=autocast, enabled=autocast is not None):
             logits: Tensor = net(window)
         return torch.sigmoid(logits.float())

@@ -33,7 +33,7 @@ def write_case(tmp_path: Path) -> WriteCase:
     ) -> Case:
         image_path = save(tmp_path / "imagesTr" / f"{name}.nii.gz", image, affine)
         label_path = None if label is None else save(tmp_path / "labelsTr" / f"{name}.nii.gz", label, affine)
-        return Case(name, patient or name, image_path, label_path)
+        return Case(name, patient or name, (image_path,), label_path)
 
     return write
 

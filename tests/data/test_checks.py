@@ -60,7 +60,7 @@ def test_a_label_file_is_read_whole_whatever_is_asked(write_case):
 def test_shifted_label(write_case):
     image, label = write_case("a", IMAGE, LABEL), write_case("b", IMAGE, LABEL, affine=np.diag([1.0, 1, 2, 1]))
     with pytest.raises(SegraftError, match=r"different grids \(positions"):
-        load_case(Case("a", "a", image.image, label.label))
+        load_case(Case("a", "a", image.images, label.label))
 
 
 def test_unknown_value(write_case, cohort):
@@ -86,4 +86,4 @@ def test_real_label_on_another_grid(real_data):
     folder = real_data / "totalsegmentator_examples" / "pulmonary_report" / "models"
     (image,) = folder.glob("ct_cropped*.nii.gz")
     with pytest.raises(SegraftError, match=r"heart\.nii\.gz .* lie on different grids"):
-        load_case(Case("ct", "ct", image, folder / "heart.nii.gz"))
+        load_case(Case("ct", "ct", (image,), folder / "heart.nii.gz"))

@@ -22,7 +22,9 @@ def test_read_decathlon(write_listing, tmp_path):
     assert cohort.labels == {1: "anterior", 2: "Posterior"}
     assert cohort.modalities == ("T1", "T2")
     assert [case.id for case in cohort.cases] == ["a", "b", "._c"]
-    assert cohort.cases[0] == Case("a", "a", tmp_path / "imagesTr/a.nii.gz", tmp_path / "labelsTr/a.nii.gz")
+    assert cohort.cases[0] == Case(
+        *("a", "a", (tmp_path / "imagesTr/a.nii.gz",), tmp_path / "labelsTr/a.nii.gz"), channels=("T1", "T2")
+    )
 
 
 def test_read_nnunet(write_listing):
@@ -132,14 +134,14 @@ def test_digest(tmp_path):
 
     def digest(name: str, values: np.ndarray, affine: np.ndarray) -> str:
         nib.save(nib.Nifti1Image(values, affine), tmp_path / name)
-        return Case("a", "a", tmp_path / name, None).digest()
+        return Case("a", "a", (tmp_path / name,), None).digest()
 
     assert digest("a.nii.gz", voxels, np.eye(4)) == expected
     assert digest("b.nii", voxels.astype(np.float32), 2 * np.eye(4)) == expected
     voxels[0, 0, 0] += 1
     assert digest("c.nii.gz", voxels, np.eye(4)) != expected
     with pytest.raises(SegraftError, match="cannot be read"):
-        Case("b", "b", tmp_path / "missing.nii.gz", None).digest()
+        Case("b", "b", (tmp_path / "missing.nii.gz",), None).digest()
 
 
 def test_scans_of_one_name_in_folders_of_their_own(tmp_path):

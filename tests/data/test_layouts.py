@@ -105,8 +105,22 @@ def test_read_totalsegmentator(total):
     assert [case.id for case in cohort.cases] == [case.patient for case in cohort.cases] == ["s0000", "s0002", "s0010"]
     assert (cohort.name, cohort.path, cohort.modalities) == ("TS", total, ("CT",))
     assert cohort.cases[0] == Case(
-        "s0000", "s0000", total / "s0000/ct.nii.gz", total / "s0000/segmentations", ("colon", "liver", "spleen")
+        "s0000", "s0000", (total / "s0000/ct.nii.gz",), total / "s0000/segmentations", ("colon", "liver", "spleen")
     )
+
+
+def test_a_region_of_several_organs(total):
+    """Read are the masks that it covers, and no others; which they are is part of the label's digest."""
+    cohort = Cohort.read(total)
+    asked = cohort.select_labels(["abdomen=liver+spleen", "liver"])
+    assert (asked, asked.regions) == ({3: "abdomen", 2: "liver"}, {3: (2, 3), 2: (2,)})
+    check_cases(cohort.cases, cohort, asked)
+    case = cohort.cases[0]
+    planes = prepare_case(case, Preparation(orientation="RAS"), asked)["label"]
+    assert planes.sum((1, 2, 3)).tolist() == [box(0, 2).sum() + box(5, 7).sum(), box(0, 2).sum()]
+    other = cohort.select_labels(["abdomen=liver", "spleen"])
+    assert case.label_digest(asked) == case.label_digest(other) == case.label_digest([2, 3])
+    assert case.label_digest(asked) != case.label_digest(cohort.select_labels(["abdomen=liver"]))
 
 
 def test_the_mr_set(tmp_path):
@@ -329,12 +343,12 @@ def test_a_sliver_that_lies_in_another_in_one_case_is_not(tmp_path):
 def test_digest_of_a_label_file(tmp_path):
     path = save(tmp_path / "a.nii.gz", box(0, 2))
     expected = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    case = Case("a", "a", path, path)
+    case = Case("a", "a", (path,), path)
     assert case.label_digest({1: "liver"}) == case.label_digest([]) == expected
     with pytest.raises(SegraftError, match=r"missing\.nii\.gz cannot be read \(No such file"):
-        Case("a", "a", path, tmp_path / "missing.nii.gz").label_digest([1])
+        Case("a", "a", (path,), tmp_path / "missing.nii.gz").label_digest([1])
     with pytest.raises(SegraftError, match=r"case a .* has no label"):
-        Case("a", "a", path, None).label_digest([1])
+        Case("a", "a", (path,), None).label_digest([1])
 
 
 def test_digest_of_masks(total):

@@ -23,8 +23,8 @@ def test_the_same_cohort_either_way(tmp_path):
     for one, other in zip(as_series.cases, as_nifti.cases, strict=True):
         assert one.image.is_dir()
         assert one.digest() == other.digest()
-        (image, label), (their_image, their_label) = load_case(one), load_case(other)
-        assert same_grid(image, their_image)
+        (scan, label), (their_scan, their_label) = load_case(one), load_case(other)
+        assert same_grid(scan.first, their_scan.first)
         np.testing.assert_array_equal(label.dataobj, their_label.dataobj)
         first = pydicom.dcmread(min(one.image.iterdir()))
         assert first.SOPClassUID.name == "CT Image Storage"

@@ -141,7 +141,7 @@ def scans(draw) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def saved(folder, image, label, affine) -> Case:
     nib.save(nib.Nifti1Image(image, affine), folder / "image.nii")
     nib.save(nib.Nifti1Image(label, affine), folder / "label.nii")
-    return Case("a", "a", folder / "image.nii", folder / "label.nii")
+    return Case("a", "a", (folder / "image.nii",), folder / "label.nii")
 
 
 @settings(max_examples=40, deadline=None)
@@ -150,8 +150,8 @@ def test_labels_come_back_exactly_without_resampling(tmp_path_factory, scan, ori
     case = saved(tmp_path_factory.getbasetemp(), *scan)
     prepared = prepare_case(case, Preparation(orientation=orientation), [1])
     assert "".join(nib.aff2axcodes(prepared["image"].affine.numpy())) == orientation
-    image, label = load_case(case)
-    back = to_input_grid(prepared["label"], prepared["image"].affine, image)
+    scan, label = load_case(case)
+    back = to_input_grid(prepared["label"], prepared["image"].affine, scan.first)
     np.testing.assert_array_equal(back[0].numpy(), label.get_fdata())
 
 
@@ -163,8 +163,8 @@ def test_labels_come_back_through_resampling(tmp_path_factory, scan, orientation
     prepared = prepare_case(case, Preparation(orientation=orientation, spacing=spacing), [1])
     affine = prepared["image"].affine.numpy()
     np.testing.assert_allclose(np.linalg.norm(affine[:3, :3], axis=0), spacing, atol=1.1e-3)
-    image, label = load_case(case)
-    back = to_input_grid(prepared["label"], affine, image)[0].numpy() >= 0.5
+    scan, label = load_case(case)
+    back = to_input_grid(prepared["label"], affine, scan.first)[0].numpy() >= 0.5
     truth = label.get_fdata() > 0
     assert 2 * (back & truth).sum() / (back.sum() + truth.sum()) > 0.9
     # half a voxel's shift, the usual mistake, would show here
@@ -176,13 +176,13 @@ def test_labels_come_back_through_resampling(tmp_path_factory, scan, orientation
 def test_real_ct(real_data, spacing):
     folder = real_data / "spleen_ct"
     (label,) = folder.glob("derivatives/**/*seg*.nii.gz")
-    case = Case("s", "s", folder / "sub-spleen2/ct/sub-spleen2_ct.nii.gz", label)
+    case = Case("s", "s", (folder / "sub-spleen2/ct/sub-spleen2_ct.nii.gz",), label)
     preparation = Preparation(
         spacing=spacing, intensity=Window(low=-175, high=250), crop_foreground=True, patch=(96, 96, 96)
     )
     prepared = prepare_case(case, preparation, [1])
-    image, truth = load_case(case)
-    back = to_input_grid(prepared["label"], prepared["image"].affine, image)[0].numpy() >= 0.5
+    scan, truth = load_case(case)
+    back = to_input_grid(prepared["label"], prepared["image"].affine, scan.first)[0].numpy() >= 0.5
     spleen = truth.get_fdata() == 1
     dice = 2 * (back & spleen).sum() / (back.sum() + spleen.sum())
     assert dice == 1 if spacing is None else dice > 0.95
@@ -218,9 +218,9 @@ def test_a_head_comes_back_to_its_own_grid(heads, place, spacing, least, off):
     case = heads[place]
     preparation = Preparation(head=True, spacing=spacing, intensity=Window(low=0, high=90), crop_foreground=True)
     prepared = prepare_case(case, preparation, [1])
-    image, label = load_case(case)
+    scan, label = load_case(case)
     truth = label.get_fdata() > 0
-    back = to_input_grid(prepared["label"], prepared["image"].affine, image)[0].numpy() >= 0.5
+    back = to_input_grid(prepared["label"], prepared["image"].affine, scan.first)[0].numpy() >= 0.5
     assert back.shape == truth.shape
     assert 2 * (back & truth).sum() / (back.sum() + truth.sum()) > least
     assert back.sum() == pytest.approx(truth.sum(), rel=off)
@@ -245,3 +245,9 @@ def test_records_from_before_heads_still_load():
     record = Preparation(patch=(64, 64, 1)).model_dump(mode="json")
     del record["head"]
     assert Preparation.from_record(record, "old.safetensors") == Preparation(patch=(64, 64, 1))
+
+
+def test_records_of_one_channel_are_as_before_several():
+    assert "channel_grids" not in Preparation(patch=(64, 64, 1)).model_dump(mode="json")
+    several = Preparation(channel_grids="resample", intensity=(Window(low=0, high=1), Percentiles()))
+    assert Preparation.from_record(several.model_dump(mode="json"), "new.safetensors") == several

@@ -41,8 +41,8 @@ def test_a_case_is_recognised_in_either(stored):
     series, file = Cohort.read(stored).cases
     assert (series.id, file.id) == ("a_series", "b")
     assert series.digest() == file.digest()
-    image, label = load_case(series)
-    assert same_grid(image, label)
+    scan, label = load_case(series)
+    assert same_grid(scan.first, label)
 
 
 def test_lists(stored):

@@ -12,7 +12,7 @@ from segraft.errors import SegraftError
 def cohort(scans: list[int]) -> list[Case]:
     """Patient i has scans[i] cases."""
     return [
-        Case(f"c{patient}_{scan}", f"p{patient}", Path("x.nii"), None)
+        Case(f"c{patient}_{scan}", f"p{patient}", (Path("x.nii"),), None)
         for patient, count in enumerate(scans)
         for scan in range(count)
     ]

@@ -22,7 +22,7 @@ def make_cohort(tmp_path: Path) -> MakeCohort:
             image = tmp_path / f"{name}.nii.gz"
             voxels = np.frombuffer((contents or {}).get(name, name.encode()), np.uint8).reshape(-1, 1, 1)
             nib.save(nib.Nifti1Image(voxels, np.eye(4)), image)
-            cases.append(Case(name, patient, image, None))
+            cases.append(Case(name, patient, (image,), None))
         return Cohort("Toy", tmp_path / "dataset.json", {1: "core"}, ("CT",), tuple(cases))
 
     return make

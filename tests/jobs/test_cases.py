@@ -1,9 +1,11 @@
 """Which cases serve, by patient and by content."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from segraft.data.cohort import Case
 from segraft.errors import SegraftError
 from segraft.jobs.cases import Served, choose, read_cohort, served_cases
 
@@ -127,3 +129,20 @@ def test_patients_are_told_as_before_in_the_same_cohort_alone(tmp_path):
     assert {case.patient for case in read_cohort(tmp_path, None, Served(), before).cases} == {"p1", "p2"}
     assert len({case.patient for case in read_cohort(tmp_path, None, Served({}, "Other", r"(p\d)_")).cases}) == 4
     assert {case.patient for case in read_cohort(tmp_path, "_([ab])", before).cases} == {"a", "b"}
+
+
+def test_a_patient_who_served_with_one_channel_is_known(make_cohort):
+    """A base that was trained on the FLAIR alone has seen the patient of the scan with four channels, and back."""
+    alone = make_cohort({"a": "a", "b": "b", "c": "c"})
+    files = {case.id: case.image for case in alone.cases}
+    several = replace(
+        alone,
+        modalities=("T1", "FLAIR"),
+        cases=(
+            Case("x", "x", (files["a"], files["b"]), None, channels=("T1", "FLAIR")),
+            Case("y", "y", (None, files["c"]), None, channels=("T1", "FLAIR")),
+        ),
+    )
+    assert served_cases(several, Served({"b": alone.cases[1].digest()})) == {"x"}
+    assert served_cases(alone, Served({"x": several.cases[0].digest()})) == {"a", "b"}
+    assert served_cases(several, Served({"y": several.cases[1].digest()})) == {"y"}, "what is missing is no image"

@@ -25,6 +25,7 @@ SMALL = {"feature_size": 12, "window_size": 2}
 UNET = {"widths": [4, 8]}
 SHORT = TrainingSettings(epochs=1, device="cpu", volumes=1, patches=1, augmentation="none")
 PREPARED = {"patch": (16, 16, 16)}
+ONE_CHANNEL = Cohort("Toy", Path("dataset.json"), {1: "spleen"}, ("CT",), ())
 SWIN_PREPARED = {"patch": (64, 32, 32)}
 
 
@@ -192,7 +193,7 @@ def test_an_imported_base_is_adapted_by_name(tmp_path, scans, organs):
     source = unet(4, 1)
     assert torch.equal(net.head.weight[[0, 2]], source.head.weight[[1, 2]])
     assert "outputs that start new, as the base has none of their names: heart_atrium_left." in made.notes
-    image, _ = load_model(made.path).segment(scans / "d.nii", device="cpu")
+    image = load_model(made.path).segment(scans / "d.nii", device="cpu").mask
     assert set(np.unique(image)) <= {0, 1, 2, 3}
 
 
@@ -234,7 +235,7 @@ def test_an_encoder_alone(tmp_path, scans, encoder):
     source = BaseSource("swin_unetr", encoder, SMALL)
     spec = AdapterSpec("lora", rank=2, targets=r".*\.attn\.qkv", train=("decoder", "head"))
     before = torch.get_rng_state()
-    loaded = source.load({1: "spleen"})
+    loaded = source.load({1: "spleen"}, ONE_CHANNEL)
     assert torch.equal(torch.get_rng_state(), before)
     assert loaded.new == {0}
     made = adapted(source, scans, tmp_path / "run", "spleen", spec=spec, prepared=SWIN_PREPARED)
@@ -252,7 +253,7 @@ def test_an_imported_encoder_says_what_was_never_trained(tmp_path, scans, encode
         load_model(made.path)
     with pytest.raises(SegraftError, match="no trained output for spleen"):
         adapted(tmp_path / "b", scans, tmp_path / "no", "spleen", spec=AdapterSpec("lora", targets="encoder"))
-    loaded = BaseSource(tmp_path / "b").load({1: "spleen"})
+    loaded = BaseSource(tmp_path / "b").load({1: "spleen"}, ONE_CHANNEL)
     assert loaded.notes == ("the decoder starts at random: train it, with --train decoder.",)
 
 
@@ -286,7 +287,7 @@ def test_a_base_is_measured_on_the_labels_that_both_have(tmp_path, scans, base):
     assert {each.label for each in result.results} == {1, 2}
     assert result.notes == ("labels of base.safetensors that Toy does not have are left out: liver, aorta.",)
     model = load_model(base, preparation=Preparation(**PREPARED)).pick({2: "kidney_left", 1: "spleen"}, [1, 2])
-    mask, _ = model.segment(scans / "a.nii", device="cpu")
+    mask = model.segment(scans / "a.nii", device="cpu").mask
     assert set(np.unique(mask)) <= {0, 1, 2}
     single = evaluate(
         base, scans, labels=["spleen"], cases=["a"], device="cpu", out=tmp_path, preparation=Preparation(**PREPARED)

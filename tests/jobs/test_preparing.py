@@ -28,7 +28,7 @@ def scans(tmp_path):
         for place, shape in enumerate(shapes):
             path = tmp_path / f"{place}.nii"
             nib.save(nib.Nifti1Image(np.zeros(shape, np.uint8), np.eye(4) if affine is None else affine), path)
-            cases.append(Case(path.stem, path.stem, path, None))
+            cases.append(Case(path.stem, path.stem, (path,), None))
         return cases
 
     return make
@@ -50,6 +50,15 @@ def test_the_patch_is_the_median_size_rounded_up_and_capped(scans, shapes, multi
 
 def test_a_slice_for_a_flat_network(scans):
     assert settle_preparation(None, None, net(8, 2), scans((33, 600, 20))).patch == (40, 512, 1)
+
+
+def test_the_only_size_that_a_network_takes(scans):
+    fixed = net()
+    fixed.image_size = (24, 16, 8)
+    assert settle_preparation(None, None, fixed, scans((40, 40, 40))).patch == (24, 16, 8)
+    fixed.image_size = (24, 16)
+    assert settle_preparation(None, None, fixed, scans((40, 40, 40))).patch == (24, 16, 1)
+    assert settle_preparation({"patch": (8, 8, 8)}, None, fixed, scans((40, 40, 40))).patch == (8, 8, 8)
 
 
 def test_the_cap_of_a_network_with_larger_steps(scans):
@@ -121,6 +130,11 @@ class TestCheckNetwork:
 
     def test_a_slice_for_a_flat_network(self):
         check_network(net(2, 2), (8, 8, 1), 1)
+
+    def test_several_channels(self):
+        check_network(UNet(in_channels=3, spatial_dims=3, widths=(2, 2)), (8, 8, 8), 1, 3)
+        with pytest.raises(SegraftError, match="does not take patches of 8 8 8 voxels with 3 channels"):
+            check_network(net(2), (8, 8, 8), 1, 3)
 
     @pytest.mark.parametrize(
         ("tried", "patch", "labels"),

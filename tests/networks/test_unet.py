@@ -63,7 +63,7 @@ def test_table_3_at_rank_five():
 
 
 def test_no_table_of_another_paper():
-    with pytest.raises(SegraftError, match="choose sah or arena"):
+    with pytest.raises(SegraftError, match="choose one of sah, arena, channelwise"):
         paper_table("samed", 1)
 
 
@@ -79,6 +79,28 @@ def test_the_few_shot_papers_counts():
     assert rows["ARENA, R = 8 at the start"]["frozen"] == sum(2 * (8 * width + 8 * width + 8) for width in widths)
     assert rows["full"]["frozen"] == rows["full"]["decoder"] == 62_186_659
     assert rows["linear probe"]["frozen"] == 49
+
+
+def test_the_channel_wise_papers_table_2():
+    """To within a hundredth of a million, as the paper rounds in more than one way; exactly, by hand."""
+    rows = {row["configuration"]: row for row in paper_table("channelwise", 8).rows}
+    printed = {row: float(values["printed"].removesuffix(" M")) for row, values in rows.items()}
+    assert printed == dict(
+        zip(
+            ("Baseline", "Finetune", "Frozen", "LoRA-16", "LoRA-32", "LoRA-64"),
+            (142.89, 142.9, 54.58, 58.71, 62.84, 71.09),
+            strict=True,
+        )
+    )
+    assert all(abs(rows[row]["trainable"] / 1e6 - millions) < 0.01 for row, millions in printed.items())
+    encoder, rest = 88_322_304, 54_577_347
+    assert rows["Baseline"]["trainable"] == rows["Finetune"]["trainable"] == rows["Frozen"]["total"] == encoder + rest
+    assert rows["Frozen"]["trainable"] == rest
+    for rank in (16, 32, 64):
+        factors = 4 * 12 * rank * (768 + 768 + 768 + 3072)  # channels, blocks, out_proj and the first MLP layer
+        assert rows[f"LoRA-{rank}"]["factors"] == factors
+        assert rows[f"LoRA-{rank}"]["trainable"] == rest + factors
+        assert rows[f"LoRA-{rank}"]["total"] == encoder + rest + factors
 
 
 def test_table_3_network_has_23_adaptable_layers():

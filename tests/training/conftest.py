@@ -32,7 +32,7 @@ def cases(tmp_path_factory) -> list[Case]:
         paths = folder / f"scan{number}.nii.gz", folder / f"label{number}.nii.gz"
         nib.save(nib.Nifti1Image(image.astype(np.float32), np.eye(4)), paths[0])
         nib.save(nib.Nifti1Image(ball.astype(np.uint8), np.eye(4)), paths[1])
-        found.append(Case(f"scan{number}", f"scan{number}", *paths))
+        found.append(Case(f"scan{number}", f"scan{number}", paths[:1], paths[1]))
     return found
 
 

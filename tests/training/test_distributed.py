@@ -90,7 +90,7 @@ def cohort(folder: Path) -> list[Case]:
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
-        found.append(Case(f"p{number}", f"p{number}", *paths))
+        found.append(Case(f"p{number}", f"p{number}", paths[:1], paths[1]))
     return found
 
 

@@ -21,6 +21,7 @@ from segraft.adapters.gradients import DeadFactorsError, require_gradients
 from segraft.adapters.graft import activate, activated, graft, has_adapters, ungraft
 from segraft.adapters.merging import merge, unmerge
 from segraft.adapters.rank_control import RankControlled, prune, ranks_in_use
+from segraft.adapters.routing import routed
 from segraft.adapters.selection import parts_of, projections_of
 from segraft.adapters.spec import PRESETS, AdapterSpec, Preset
 
@@ -56,6 +57,7 @@ __all__ = [
     "ranks_in_use",
     "read_header",
     "require_gradients",
+    "routed",
     "save",
     "ungraft",
     "unmerge",

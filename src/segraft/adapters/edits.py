@@ -37,6 +37,8 @@ class Edit(nn.Module):
 class LowRank(Edit):
     """`V = W0 + scaling·ΔW(factors)`, and with a magnitude `m · V/‖V‖` per output channel (DoRA).
 
+    With `channel` it is one of several, for that channel's block of a folded batch alone (`routing`).
+
     With a gate, `v` [R] weighs the R directions of ΔW (ARENA, AdaLoRA); a direction of weight zero is not in use.
 
     The norm is part of the graph, as in equation 8 of the haemorrhage paper. With the factors at their start the
@@ -56,8 +58,10 @@ class LowRank(Edit):
         rows: tuple[int, int] | None,
         generator: torch.Generator,
         gate: Gate = "none",
+        channel: int | None = None,
     ) -> None:
         super().__init__(slot.weight)
+        self.channel = channel
         self.slot, self.rank, self.scaling, self.rows = slot, rank, scaling, rows
         self.initial_rank = rank
         self.factorisation, self.magnitude_dim = factorisation, magnitude_dim
@@ -150,6 +154,7 @@ class LowRank(Edit):
     def extra_repr(self) -> str:
         """What `print(net)` shows."""
         rows = "" if self.rows is None else f", rows {self.rows[0]}:{self.rows[1]}"
+        rows += "" if self.channel is None else f", channel {self.channel}"
         return f"{self.tensor}{rows}, {','.join(self.contraction.factors)}, R={self.rank}"
 
 

@@ -8,6 +8,8 @@ Four ways, with the same result up to rounding:
                that ΔW stands for (`stages`); no gradient of the size of the weight is formed
     parallel   as chain, and the chain runs beside the frozen weight in the forward pass too: W itself is never formed
 
+Layers with a set of factors per channel of the image are executed in `per_channel`.
+
 All but the first serve one trained low-rank edit on a linear or convolution layer of torch's own. In the first three,
 forward is one convolution with W, the bits of the merged layer, and the gradient of the input goes through W.
 `choosing` takes the cheapest; `execution` overrides that. With a magnitude (DoRA) the gradient of V that reaches the
@@ -25,6 +27,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # unlike torch.compiler.disable it imports no compiler
 
 from segraft.adapters.caching import Derived, Source
 from segraft.adapters.choosing import Way, cheapest
@@ -36,7 +39,9 @@ from segraft.adapters.kept import settle_last
 from segraft.adapters.layers import composing_dtype
 from segraft.adapters.operators import Operator, operator_of
 from segraft.adapters.parallel import ParallelLayer
+from segraft.adapters.per_channel import run_by_channel
 from segraft.adapters.stages import chain
+from segraft.errors import SegraftError
 
 AnyWay = Literal["composed"] | Way
 _WAY: ContextVar[AnyWay | None] = ContextVar("segraft_execution", default=None)
@@ -60,6 +65,10 @@ def executed(forward: Callable[..., Tensor], dims: int) -> Callable[..., Tensor]
     """`forward` of a stock layer with `dims` spatial dimensions, executed in one of the ways above where it can be."""
 
     def run(layer: nn.Module, x: Tensor, *others: Any, **named: Any) -> Tensor:
+        of_channels = grafts_of(layer).channel_edits()
+        if of_channels:
+            by_channel = _by_channel_eagerly if torch.compiler.is_compiling() else _by_channel
+            return by_channel(layer, x, of_channels, dims, (*others, *named.values()))
         if torch.compiler.is_compiling():
             return forward(layer, x, *others, **named)
         settle_last()
@@ -79,6 +88,20 @@ def executed(forward: Callable[..., Tensor], dims: int) -> Callable[..., Tensor]
             return _run_frozen(layer, x)
 
     return run
+
+
+def _by_channel(layer: nn.Module, x: Tensor, edits: Sequence[LowRank], dims: int, others: Sequence[Any]) -> Tensor:
+    settle_last()
+    if others:
+        raise SegraftError(
+            f"a {type(layer).__name__.removeprefix('Grafted')} layer with an adapter per channel was called with more "
+            "than its input (such as output_size), which has no meaning here: leave the layer out of the adapter."
+        )
+    return run_by_channel(layer, x, edits, as_usual=_is_training_as_usual(layer, x, dims))
+
+
+_by_channel_eagerly: Callable[..., Tensor] = _disable_dynamo(_by_channel)
+"""Within what is compiled: the order of channels is a context variable, which cannot be traced."""
 
 
 def _is_training_as_usual(layer: nn.Module, x: Tensor, dims: int) -> bool:

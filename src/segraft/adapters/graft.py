@@ -1,5 +1,6 @@
 """Grafting adapters onto a network, switching between them, and taking them off again."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from segraft.adapters.selection import (
     select_weights,
 )
 from segraft.adapters.spec import AdapterSpec
-from segraft.adapters.surgery import attach, detach
+from segraft.adapters.surgery import attach, base_class, detach
 from segraft.errors import SegraftError
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -91,8 +92,11 @@ def graft(net: Net, spec: AdapterSpec, name: str = "default", *, seed: int = 0) 
                 f"layer {layer_name!r} has an adapter that was grafted on a part of this network, or on a network "
                 "around it: ungraft it there first."
             )
+    _refuse_other_channels(net, spec)
     whole = select_tensors(net, spec)
     weights = select_weights(net, spec, whole)
+    if spec.channels > 1:
+        _refuse_other_layers(weights)
     additions = _build(net, spec, weights, whole, seed)
     if not record.specs:
         record.required_grad = {full: value.requires_grad for full, _, _, value in base_parameters(net)}
@@ -127,9 +131,12 @@ def _build(
         edits = additions.setdefault(chosen.layer, {})
         weight, bias = base_tensor(chosen.layer, chosen.slot.weight), chosen.slot.bias
         bias_is_free = bias is not None and bias not in edits
-        for rows in chosen.blocks:
+        channels = (None,) if spec.channels == 1 else range(spec.channels)
+        for rows, channel in itertools.product(chosen.blocks, channels):
             assert spec.factorisation is not None and spec.magnitude is not None  # noqa: S101, PT018
             key = chosen.slot.weight + _suffix(rows)
+            if channel is not None:
+                key += f"_channel{channel}"
             # On top of a weight that is trained whole: edits apply in the order of the dictionary.
             edits[f"{key}_factors" if key in edits else key] = LowRank(
                 chosen.slot,
@@ -142,6 +149,7 @@ def _build(
                 rows=rows,
                 generator=generator,
                 gate=spec.gate or "none",
+                channel=channel,
             )
             if bias is not None and bias_is_free and spec.bias == "low_rank":
                 bias_rows = chosen.slot.bias_rows(rows, weight.shape[0])
@@ -155,6 +163,26 @@ def _build(
         if bias is not None and bias_is_free and spec.bias == "train":
             edits[bias] = Replacement(bias, base_tensor(chosen.layer, bias))
     return additions
+
+
+def _refuse_other_channels(net: nn.Module, spec: AdapterSpec) -> None:
+    """A network that takes its channels one at a time says how many there are: `image_channels`."""
+    found = getattr(net, "image_channels", None)
+    if spec.channels > 1 and isinstance(found, int) and found != spec.channels:
+        raise SegraftError(
+            f"this {type(net).__name__} takes images of {found} channels, and the adapter is for {spec.channels}: give "
+            "both the same number."
+        )
+
+
+def _refuse_other_layers(weights: Sequence[SelectedWeight]) -> None:
+    for chosen in weights:
+        kind = base_class(chosen.layer)
+        if stock_class(kind) is None:
+            raise SegraftError(
+                f"layer {chosen.name!r} ({kind.__name__}) cannot have an adapter per channel, which is for linear and "
+                "convolution layers as torch computes them: exclude it."
+            )
 
 
 def _suffix(rows: tuple[int, int] | None) -> str:
@@ -175,7 +203,7 @@ def activate(net: nn.Module, names: str | Sequence[str] | None, *, train: str | 
         train: the adapters whose tensors are trainable; None means all active ones.
 
     Raises:
-        SegraftError: an unknown name.
+        SegraftError: an unknown name, or another adapter on top of one with a weight per channel.
     """
     record = record_of(net)
     active = _as_names(names)
@@ -185,6 +213,12 @@ def activate(net: nn.Module, names: str | Sequence[str] | None, *, train: str | 
             raise SegraftError(f"no adapter is named {name!r}: this network has {', '.join(record.specs)}.")
     if len(set(active)) < len(active):
         raise SegraftError(f"an adapter can be active only once: {', '.join(active)}.")
+    for name in active[:-1]:
+        if record.specs[name].channels > 1:
+            raise SegraftError(
+                f"adapter {name!r} has a weight per channel of the image, and nothing can come on top of that: name it "
+                "as the last of the stack."
+            )
     record.active = active
     for _, layer in grafted_layers(net):
         grafts = grafts_of(layer)

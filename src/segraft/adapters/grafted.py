@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from segraft.adapters.caching import Composed, Derived
-from segraft.adapters.edits import Edit, Replacement
+from segraft.adapters.edits import Edit, LowRank, Replacement
+from segraft.adapters.routing import Passes
+from segraft.errors import SegraftError
 
 ATTRIBUTE = "segraft"
 """Name of the submodule, on every grafted layer, that holds {adapter name: {key: Edit}}."""
@@ -29,6 +31,7 @@ class LayerGrafts(nn.ModuleDict):
         self.active: tuple[str, ...] = ()
         self.composed: dict[str, Composed] = {}
         self.derived: dict[str, Derived] = {}
+        self.passes = Passes()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what can be computed again."""
@@ -44,9 +47,23 @@ class LayerGrafts(nn.ModuleDict):
         for name in self.active:
             yield from (edit for edit in self.edits(name).values() if tensor in (None, edit.tensor))
 
+    def shared_edits(self, tensor: str) -> list[Edit]:
+        """The active edits of `tensor` that hold for every channel of the image."""
+        return [edit for edit in self.active_edits(tensor) if not is_of_channel(edit)]
+
+    def channel_edits(self) -> list[LowRank]:
+        """The active edits of one channel each; they are of one adapter, the last of the stack."""
+        last = self.edits(self.active[-1]).values() if self.active else ()
+        return [edit for edit in last if isinstance(edit, LowRank) and edit.channel is not None]
+
     def edited(self) -> frozenset[str]:
         """Every tensor that some adapter, active or not, edits."""
         return frozenset(edit.tensor for name in self for edit in self.edits(name).values())
+
+
+def is_of_channel(edit: Edit) -> bool:
+    """Whether an edit is for one channel of the image alone."""
+    return isinstance(edit, LowRank) and edit.channel is not None
 
 
 def base_tensor(layer: nn.Module, tensor: str) -> Tensor:
@@ -68,10 +85,24 @@ def adapted_tensor(layer: nn.Module, tensor: str) -> Tensor:
 
     With none active it is the base tensor itself, not a copy. What needs no gradient is composed once and kept until
     anything it came from changes.
+
+    Raises:
+        SegraftError: there is one value per channel of the image.
     """
+    for edit in grafts_of(layer).channel_edits():
+        if edit.tensor == tensor:
+            raise SegraftError(
+                f"{type(layer).__name__} has a {tensor} per channel of the image, so there is not one {tensor} to be "
+                "read: run the layer, within segraft.adapters.routed."
+            )
+    return shared_tensor(layer, tensor)
+
+
+def shared_tensor(layer: nn.Module, tensor: str) -> Tensor:
+    """`adapted_tensor`, under those of the active adapters that hold for every channel of the image."""
     base = value = base_tensor(layer, tensor)
     grafts = grafts_of(layer)
-    edits = list(grafts.active_edits(tensor))
+    edits = grafts.shared_edits(tensor)
     if not edits:
         return base
     if _can_be_kept(base, edits):

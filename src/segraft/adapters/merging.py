@@ -50,9 +50,15 @@ def merge(net: Net, *, reversible: bool = True) -> Net:
         reversible: keep the base weights and the adapters aside for `unmerge`. False frees them.
 
     Raises:
-        SegraftError: nothing is grafted on it, or an earlier merge can still be undone.
+        SegraftError: nothing is grafted on it, an earlier merge can still be undone, or weights differ by channel.
     """
     record = record_of(net)
+    for name in record.active:
+        if record.specs[name].channels > 1:
+            raise SegraftError(
+                f"adapter {name!r} has a weight per channel of the image, so there is not one weight to write it into: "
+                "keep it as an adapter."
+            )
     if reversible and MERGED in net.__dict__:
         raise SegraftError("this network holds an earlier merge that could not be undone then: pass reversible=False.")
     layers = []

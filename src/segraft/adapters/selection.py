@@ -27,6 +27,9 @@ KINDS: dict[str, Callable[[nn.Module, str], bool]] = {
 }
 """What the kind of a `train` selector (`kind:place`) admits."""
 
+ENCODER = "encoder"
+"""The part that runs on one channel at a time, in networks that take several so."""
+
 
 def parts_of(net: nn.Module) -> Mapping[str, tuple[str, ...]]:
     """The named parts of a network, `{part: module-name prefixes}`: its attribute `parts`, empty where it has none."""
@@ -204,7 +207,7 @@ def select_weights(net: nn.Module, spec: AdapterSpec, trained_whole: Sequence[Se
         rank = [spec.rank, *(spec.ranks[place] for place in ranks.matching(module_names))][-1]
         blocks = [None, *(blocks_of[place] for place in slices.matching(module_names))][-1]
         for slot in slots:
-            if (id(module), slot.weight) in whole and targets is None:
+            if (id(module), slot.weight) in whole and (targets is None or (spec.channels > 1 and spec.targets is None)):
                 continue
             _refuse(module, module_names[0], slot.edited(bias=spec.bias != "frozen"), owners, whole)
             rows = _blocks(module, module_names[0], slot, blocks)
@@ -226,6 +229,8 @@ def _with_projections(net: nn.Module, spec: AdapterSpec) -> tuple[Sequence[str] 
     if wanted is None:
         preferred = PRESETS[spec.method].projections
         wanted = preferred if preferred and set(preferred) <= set(named) else None
+    if wanted is None and spec.channels > 1 and ENCODER in parts_of(net):
+        wanted = (ENCODER,)
     blocks: dict[str, tuple[str, ...]] = {}
     for text in wanted or ():
         for layers, rows in named.get(text, {}).items():

@@ -101,6 +101,9 @@ class AdapterSpec:
             or a regular expression on parameter names (`head`, `bias:.*`, `norm:encoder`, `.*`). The adapter holds a
             copy of each such tensor; the base is not written to. On a weight that is a target too, the factors come
             on top of the copy.
+        channels: with more than 1, every adapted weight has so many sets of factors, channel c's for channel c of the
+            image alone: for networks whose encoder takes one channel at a time (`routed`). Targets None then means
+            their encoder.
 
     Raises:
         SegraftError: an unknown method or option, a rank that is no whole number above zero, …
@@ -121,6 +124,7 @@ class AdapterSpec:
     ranks: Mapping[str, int] = field(default_factory=dict)
     slices: Mapping[str, Sequence[str]] = field(default_factory=dict)
     train: str | Sequence[str] = ()
+    channels: int = 1
 
     def __post_init__(self) -> None:
         preset = PRESETS.get(self.method)
@@ -144,6 +148,7 @@ class AdapterSpec:
         self._check_options()
         self._check_places()
         self._check_ranks()
+        self._check_channels()
 
     def _check_options(self) -> None:
         if self.factorisation is not None and self.factorisation not in FORMULAS:
@@ -175,6 +180,7 @@ class AdapterSpec:
                 raise SegraftError(f"the slices of {place!r} are {blocks!r}: write 'j/n', such as '2/3'.")
         if self.factorisation is None and (
             self.targets
+            or self.channels != 1
             or (self.exclude and not self.train)
             or self.ranks
             or self.slices
@@ -183,14 +189,23 @@ class AdapterSpec:
             or self.bias != "frozen"
         ):
             raise SegraftError(
-                "method 'none' has no factors, so targets, exclude, ranks, slices, magnitude, gate and bias have no "
-                "meaning with it."
+                "method 'none' has no factors, so targets, exclude, ranks, slices, magnitude, gate, bias and "
+                "channels have no meaning with it."
             )
 
     def _check_ranks(self) -> None:
         for what, rank in (("rank", self.rank), *((f"rank for {place!r}", r) for place, r in self.ranks.items())):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise SegraftError(f"{what} is {rank!r}: it must be a whole number of at least 1.")
+
+    def _check_channels(self) -> None:
+        if isinstance(self.channels, bool) or not isinstance(self.channels, int) or self.channels < 1:
+            raise SegraftError(f"channels is {self.channels!r}: it must be a whole number of at least 1.")
+        if self.channels > 1 and self.bias != "frozen":
+            raise SegraftError(
+                f"bias {self.bias!r} goes with one set of factors, and there are {self.channels} channels: leave it "
+                "'frozen', or train the biases for all channels alike, with train 'bias:encoder'."
+            )
 
     @property
     def rank_control(self) -> RankControl:
@@ -205,11 +220,15 @@ class AdapterSpec:
         return float(alpha / (rank if self.scale == "alpha/r" else rank**0.5))
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values; `from_dict` takes them back. A method without a gate leaves gate and control out."""
+        """As plain JSON values; `from_dict` takes them back.
+
+        A method without a gate leaves gate and control out, one set of factors for all channels leaves channels out.
+        """
         preset, values = PRESETS[self.method], asdict(self)
         ungated = {"gate": "none", "control": asdict(FIXED)}
         silent = preset.gate == "none" and all(values[name] == value for name, value in ungated.items())
-        return {name: value for name, value in values.items() if not (silent and name in ungated)}
+        left_out = {*(ungated if silent else ()), *(("channels",) if self.channels == 1 else ())}
+        return {name: value for name, value in values.items() if name not in left_out}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -19,7 +19,9 @@ def params(
     *,
     network: Network = "unet",
     network_args: NetworkArguments = None,
-    paper: Annotated[str | None, typer.Option(help="Count a paper's table on the real network: sah, arena.")] = None,
+    paper: Annotated[
+        str | None, typer.Option(help="Count a paper's table on the real network: sah, arena, channelwise.")
+    ] = None,
     spec: "AdapterSpec",
     common: Common,
 ) -> None:

@@ -10,24 +10,41 @@ from segraft.allocation import keep_freed_memory
 from segraft.cli import options
 from segraft.cli.app import err, progress_console, show_frame, show_json, show_line, show_notes, show_table, split
 from segraft.cli.options import BasePath, Common, Data, Labels, ModelPath, OutFolder, PatientPattern, takes
+from segraft.errors import SegraftError
 
 
 @takes(common=options.common)
 def predict(
     *,
     model: ModelPath,
-    scans: Annotated[list[Path], typer.Argument(help="NIfTI files, DICOM series, or folders of them.")],
+    scans: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="NIfTI files, DICOM series, or folders of them. Of several channels: 4D files, or numbered ones "
+            "(case_0000.nii.gz, case_0001.nii.gz), of which the first is enough."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Mask file for one scan, else a folder.")],
+    channel: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A channel of one scan, in place of SCANS, as NAME=FILE (or a DICOM series); repeat for each. Names "
+            "are those of the data that it was trained on."
+        ),
+    ] = None,
     base: BasePath = None,
     common: Common,
 ) -> None:
-    """Segment scans; each mask has its scan's own grid, affine and orientation.
+    """Segment scans; each mask has its scan's own grid, affine and orientation (of several channels, the first's).
 
     Example: `segraft predict run/adapter.safetensors scan.nii.gz -o mask.nii.gz`
+
+    Of several channels: `segraft predict run --channel FLAIR=flair.nii.gz --channel T1=t1.nii.gz -o mask.nii.gz`
     """
     from segraft.jobs import predict as job
 
-    results = job(model, scans, out, base=base, **common.computing(), console=progress_console(as_json=common.as_json))
+    console = progress_console(as_json=common.as_json)
+    results = job(model, scans or (), out, channels=_named(channel), base=base, **common.computing(), console=console)
     if common.as_json:
         show_json({"masks": [asdict(result) for result in results]})
         return
@@ -37,6 +54,19 @@ def predict(
         ([each.scan.name, str(each.mask), *(f"{ml:.2f}" for ml in each.volumes_ml.values())] for each in results),
         right=len(results[0].volumes_ml),
     )
+
+
+def _named(channels: list[str] | None) -> dict[str, str] | None:
+    """NAME=FILE of each channel."""
+    found: dict[str, str] = {}
+    for each in channels or ():
+        name, equals, file = each.partition("=")
+        if not (name.strip() and equals and file):
+            raise SegraftError(f'--channel "{each}" is not NAME=FILE: write it as --channel FLAIR=flair.nii.gz.')
+        if name.strip() in found:
+            raise SegraftError(f"--channel {name.strip()} is given twice: give one file for each channel.")
+        found[name.strip()] = file
+    return found or None
 
 
 @takes(common=options.common)

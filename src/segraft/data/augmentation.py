@@ -31,7 +31,8 @@ class Augmentation:
       anatomy keeps its shape on anisotropic voxels; image linear, label nearest. 2D patches turn in their plane.
       It is cut out of the whole volume, so no false borders appear inside the patch.
     - Along each of `flip_axes`, mirrored with chance 0.5.
-    - Intensity: x^g, then scaled and shifted (g in 0.7…1.5, scale in 0.9…1.1, shift in -0.1…0.1).
+    - Intensity, each channel by itself: x^g, then scaled and shifted (g in 0.7…1.5, scale in 0.9…1.1, shift in
+      -0.1…0.1).
     """
 
     flip_axes: tuple[int, ...]
@@ -68,7 +69,7 @@ class Augmentation:
         )
 
     def recolour(self, image: NDArray[np.float32], rng: np.random.Generator) -> None:
-        """Change the intensities of a patch (0…1) in place.
+        """Change the intensities of one channel of a patch (0…1) in place.
 
         NumPy rather than torch: the last bit of its power does not depend on the number of threads, which
         differs between a loader's workers and the main process.

@@ -1,48 +1,66 @@
-"""One scan of one patient, with its label where there is one."""
+"""One scan of one patient, of one or several channels, with its label where there is one."""
 
 import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 
+from segraft.data.channels import Scan, load_channels
+from segraft.data.labels import Labels
 from segraft.data.organ_masks import mask_file
-from segraft.data.scans import load_scan
 from segraft.errors import SegraftError
+
+MISSING = "missing"
+"""The digest of a channel that a scan lacks."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One scan of one patient: a NIfTI file or a folder of one DICOM series, with its label.
+    """One scan of one patient: NIfTI files or folders of one DICOM series each, with its label.
 
     Attributes:
         id: of the case, one in a cohort.
         patient: whose scan it is.
-        image: the scan.
+        images: one file per channel, None where the scan lacks one; or one 4D file whose last axis is the channel.
         label: a file of label numbers, or a folder with one binary mask per organ; None where there is none.
         organs: of such a folder: the names of the cohort's labels, label k at `organs[k - 1]`; a mask is the file of
             that name.
+        channels: names of the channels, where there are several.
     """
 
     id: str
     patient: str
-    image: Path
+    images: tuple[Path | None, ...]
     label: Path | None
     organs: tuple[str, ...] = ()
+    channels: tuple[str, ...] = ()
+
+    @property
+    def image(self) -> Path:
+        """The first file that is there: it names the scan."""
+        return next((file for file in self.images if file is not None), Path(self.id))
+
+    def load(self) -> Scan:
+        """Read the scan whole.
+
+        Raises:
+            SegraftError: what `load_channels` refuses.
+        """
+        return load_channels(self.images, self.channels, who=f"the case {self.id}")
 
     def digest(self) -> str:
-        """The first 16 hex digits of the SHA-256 of the image's shape and voxel values.
+        """For each channel the first 16 hex digits of the SHA-256 of its shape and voxel values, joined by "-".
 
-        Recognises a scan that served before, also renamed, compressed anew or with another header.
+        Recognises a scan that served before, also renamed, compressed anew, with another header, or as one channel of
+        others (`images_of`). A channel that is missing is "missing".
 
         Raises:
             SegraftError: the image cannot be read.
         """
-        voxels = load_scan(self.image).get_fdata(dtype=np.float32, caching="unchanged")
-        digest = hashlib.sha256(repr(voxels.shape).encode())
-        digest.update(np.ascontiguousarray(voxels).data)
-        return digest.hexdigest()[:16]
+        return "-".join(MISSING if channel is None else _voxel_digest(channel) for channel in self.load().channels)
 
     def label_digest(self, asked: Collection[int]) -> str:
         """The first 16 hex digits of the SHA-256 of the label file; of a folder, of the asked organs' names and files.
@@ -50,7 +68,7 @@ class Case:
         The order of `asked` does not matter, nor do the numbers of organs.
 
         Args:
-            asked: the label values asked for (or value -> name); a label file is read whole whatever they are.
+            asked: the labels asked for, of which what they cover counts; a label file is read whole whatever they are.
 
         Raises:
             SegraftError: there is no label, or a file of it cannot be read.
@@ -59,7 +77,7 @@ class Case:
         if not self.organs:
             return _read_digest(label)[:16]
         digest = hashlib.sha256()
-        for organ in sorted(self.asked_organs(asked).values()):
+        for organ in sorted(self.asked_organs(Labels.of(asked).values_covered).values()):
             digest.update(f"{organ}\0{_read_digest(mask_file(label, organ))}\n".encode())
         return digest.hexdigest()[:16]
 
@@ -90,6 +108,18 @@ class Case:
                     "their organs."
                 )
         return {number: self.organs[number - 1] for number in (numbers if asked is None else asked)}
+
+
+def images_of(digest: str) -> frozenset[str]:
+    """The images that a digest of a case is of: of its channels those that are there."""
+    return frozenset(digest.split("-")) - {MISSING}
+
+
+def _voxel_digest(image: nib.Nifti1Image) -> str:
+    voxels = image.get_fdata(dtype=np.float32, caching="unchanged")
+    digest = hashlib.sha256(repr(voxels.shape).encode())
+    digest.update(np.ascontiguousarray(voxels).data)
+    return digest.hexdigest()[:16]
 
 
 def _read_digest(file: Path) -> str:

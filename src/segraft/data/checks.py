@@ -8,7 +8,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from segraft.data.channels import Scan
 from segraft.data.cohort import Case, Cohort
+from segraft.data.labels import Labels
 from segraft.data.nifti import load_nifti, require_same_grid
 from segraft.data.organ_masks import Overlap, join_masks
 from segraft.data.scans import load_scan
@@ -19,7 +21,7 @@ _LARGEST_LOSS = 0.5  # of a label's voxels: what loses more lies in the others, 
 
 
 def check_image(path: str | Path) -> nib.Nifti1Image:
-    """Read a scan (a NIfTI file, or a folder of one DICOM series) and refuse what no network can use.
+    """Read one channel of a scan (a NIfTI file, or a folder of one DICOM series) and refuse what no network can use.
 
     Returns:
         The image, its data [X, Y, Z] in memory.
@@ -28,48 +30,79 @@ def check_image(path: str | Path) -> nib.Nifti1Image:
         SegraftError: the scan cannot be read, is not 3D, holds NaN or infinite values, or is constant.
     """
     image = load_scan(path)
-    data = np.asanyarray(image.dataobj)
-    low, high = data.min(), data.max()  # NaN and infinities come through min and max
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise SegraftError(f"the image {path} holds NaN or infinite values: replace them or export it again.")
-    if low == high:
-        raise SegraftError(f"the image {path} is constant, every voxel is {low:g}: export it again or leave it out.")
+    _check_values(image, f"the image {path}")
     return image
 
 
-def load_case(case: Case, asked: Collection[int] | None = None) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
-    """Read the image and label of a case.
+def check_scan(case: Case) -> Scan:
+    """Read the scan of a case, all its channels, and refuse what no network can use.
+
+    Raises:
+        SegraftError: what `load_channels` refuses; a channel that holds NaN or infinite values, or is constant.
+    """
+    scan = case.load()
+    for place, channel in enumerate(scan.channels):
+        if channel is not None:
+            _check_values(channel, scan.told(place))
+    return scan
+
+
+def require_channels(scan: Scan) -> None:
+    """Refuse a scan that lacks a channel, for networks that cannot do without.
+
+    Raises:
+        SegraftError: naming the case and the channel.
+    """
+    if scan.missing:
+        raise SegraftError(
+            f"{scan.who} lacks its channel {scan.missing[0]}, which the network needs: add the file, leave the scan "
+            "out, or take a network that does without (the channel-wise ones)."
+        )
+
+
+def _check_values(image: nib.Nifti1Image, told: str) -> None:
+    data = np.asanyarray(image.dataobj)
+    low, high = data.min(), data.max()  # NaN and infinities come through min and max
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise SegraftError(f"{told} holds NaN or infinite values: replace them or export it again.")
+    if low == high:
+        raise SegraftError(f"{told} is constant, every voxel is {low:g}: export it again or leave it out.")
+
+
+def load_case(case: Case, asked: Collection[int] | None = None) -> tuple[Scan, nib.Nifti1Image]:
+    """Read the scan and label of a case.
 
     Args:
         case: a case with a label.
-        asked: the label values asked for (or value -> name). A label file is read whole whatever they are; of a folder
-            of masks only theirs are read. None: all, which may be more than a hundred files.
+        asked: the labels asked for. A label file is read whole whatever they are; of a folder of masks only those that
+            they cover are read. None: all, which may be more than a hundred files.
 
     Returns:
-        Both as images on one grid; the label's values are whole and not negative. Where masks of a folder overlap, see
-        `join_masks`.
+        The scan, and its label on the grid of the scan's first channel; the label's values are whole and not negative.
+        Where masks of a folder overlap, see `join_masks`.
 
     Raises:
-        SegraftError: what `check_image` refuses; no label; a label on another grid, or with values that are
+        SegraftError: what `check_scan` refuses; no label; a label on another grid, or with values that are
             fractions or negative; what `join_masks` refuses.
     """
-    image, label, _ = _load(case, asked)
-    return image, label
+    scan, label, _ = _load(case, asked)
+    return scan, label
 
 
-def _load(case: Case, asked: Collection[int] | None) -> tuple[nib.Nifti1Image, nib.Nifti1Image, Overlap]:
-    image = check_image(case.image)
+def _load(case: Case, asked: Collection[int] | None) -> tuple[Scan, nib.Nifti1Image, Overlap]:
+    scan = check_scan(case)
     path = case.require_label()
     if case.organs:
-        return image, *join_masks(path, case.asked_organs(asked), image, case.image)
+        organs = case.asked_organs(None if asked is None else Labels.of(asked).values_covered)
+        return scan, *join_masks(path, organs, scan.first, scan.path)
     label = load_nifti(path, what="label")
-    require_same_grid(label, path, image, case.image)
+    require_same_grid(label, path, scan.first, scan.path)
     data = np.asanyarray(label.dataobj)
     if data.dtype.kind == "f" and not np.array_equal(data, np.rint(data)):
         raise SegraftError(f"the label {path} holds fractions: store whole label numbers.")
     if data.min() < 0:
         raise SegraftError(f"the label {path} holds the negative value {data.min():g}: use 0 for background.")
-    return image, label, Overlap()
+    return scan, label, Overlap()
 
 
 def check_cases(
@@ -78,6 +111,7 @@ def check_cases(
     asked: Mapping[int, str],
     *,
     each_present: bool = True,
+    complete: bool = True,
     watch: Callable[[Sequence[Case]], Iterable[Case]] = iter,
 ) -> None:
     """Refuse cases that cannot be trained on or evaluated.
@@ -87,19 +121,24 @@ def check_cases(
     Args:
         cases: the cases to be used, among those of `cohort`.
         cohort: says which label values are known.
-        asked: label values and names that are to be segmented.
+        asked: labels that are to be segmented.
         each_present: whether each of them must be in at least one case, as training needs.
+        complete: whether a scan must have all its channels.
         watch: passes the cases on while they are read, to show progress.
 
     Raises:
-        SegraftError: what `load_case` refuses; a label value that the cohort does not list; an asked label
-            that is in none of the cases, or whose masks lie in those of other asked labels by more than half.
+        SegraftError: what `load_case` refuses; a missing channel; a label value that the cohort does not list; an asked
+            label that is in none of the cases, or whose masks lie in those of other asked labels by more than half.
     """
-    known = {0, *cohort.labels}
+    known = {0, *cohort.values}
+    labels = Labels.of(asked)
+    covered = {value: _name_of(value, cohort, labels) for value in labels.values_covered}
     present: set[int] = set()
     overlaps: dict[str, Overlap] = {}
     for case in watch(cases):
-        _, label, overlaps[case.id] = _load(case, asked)
+        scan, label, overlaps[case.id] = _load(case, asked)
+        if complete:
+            require_channels(scan)
         values = {int(value) for value in np.unique(np.asanyarray(label.dataobj))}
         if unknown := sorted(values - known):
             raise SegraftError(
@@ -107,13 +146,18 @@ def check_cases(
                 "add it to a dataset.json there, or correct the label."
             )
         present |= values
-    _check_overlaps(overlaps, asked, cohort.path)
-    for number, name in asked.items():
-        if each_present and number not in present:
+    _check_overlaps(overlaps, covered, cohort.path)
+    for number, name in labels.items():
+        if each_present and not present.intersection(labels.covers(number)):
             raise SegraftError(
                 f"label {number} ({name}) is in none of the {len(cases)} training cases of {cohort.path}: "
                 "choose other cases or another label."
             )
+
+
+def _name_of(value: int, cohort: Cohort, labels: Labels) -> str:
+    """What a label value that is covered is called."""
+    return str((cohort.labels if labels.regions else labels).get(value, value))
 
 
 def _check_overlaps(overlaps: Mapping[str, Overlap], asked: Mapping[int, str], path: Path) -> None:

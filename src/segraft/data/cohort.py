@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from segraft.data.case import Case
+from segraft.data.labels import Labels, paint_values
 from segraft.data.layouts import read_layout
 from segraft.errors import SegraftError
 
@@ -17,10 +18,15 @@ _MANY = 20  # labels: more are not listed in a message
 
 @dataclass(frozen=True)
 class Cohort:
-    """What one place lists. `labels` maps mask values to names, background (0) left out.
+    """What one place lists.
 
-    `path` is the list, or the folder where a layout has none. `patient_pattern` is the expression that the patients
-    were told by, None where there was none.
+    Attributes:
+        name: of the cohort.
+        path: the list, or the folder where a layout has none.
+        labels: mask values -> names, background (0) left out; or regions (`Labels`), which cover mask values.
+        modalities: of the images, one per channel, in order; none where they are not named.
+        cases: scans with their labels.
+        patient_pattern: the expression that the patients were told by, None where there was none.
     """
 
     name: str
@@ -29,6 +35,16 @@ class Cohort:
     modalities: tuple[str, ...]
     cases: tuple[Case, ...]
     patient_pattern: str | None = None
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """A name for each channel of its images; of a single one it may be empty."""
+        return self.modalities or ("",)
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """What may stand in its masks, background left out."""
+        return Labels.of(self.labels).values_covered
 
     @classmethod
     def read(cls, path: str | Path, *, patient_pattern: str | None = None) -> "Cohort":
@@ -48,27 +64,55 @@ class Cohort:
         listed = read_layout(Path(path), patient_pattern)
         return cls(listed.name, listed.path, listed.labels, listed.modalities, listed.cases, patient_pattern)
 
-    def select_labels(self, asked: Sequence[str]) -> dict[int, str]:
+    def select_labels(self, asked: Sequence[str]) -> Labels:
         """The labels asked for, by number or name (case does not matter), in the order asked; all if none is.
+
+        `name=1+2+3` asks for a region of that name, which covers several values of the cohort's masks, given as numbers
+        or by their names. Where one is asked for so, all that are asked for are regions, which may overlap, and those
+        asked for later lie above the others in masks that are written; see `paint_values` for the values there.
 
         Raises:
             SegraftError: a label that the cohort does not have, or one asked for twice.
         """
-        if not asked:
-            return dict(self.labels)
+        mine = Labels.of(self.labels)
+        covers: dict[str, tuple[int, ...]] = {}
+        numbers = []
+        for label in asked:
+            number, (name, equals, members) = self._number(label), label.partition("=")
+            if number is None and not equals:
+                raise self._unknown(label)
+            name = name.strip() if number is None else mine[number]
+            if not name:
+                raise SegraftError(f'"{label}" has no name: write a region of {self.path} as name=1+2.')
+            if name.casefold() in {other.casefold() for other in covers}:
+                told = f'the region "{name}"' if number is None else f"label {number} ({name})"
+                raise SegraftError(f"{told} of {self.path} is asked for twice: name it once.")
+            covers[name] = self._covered(members) if number is None else mine.covers(number)
+            numbers.append(number)
+        if None in numbers:
+            regions = paint_values(covers)
+            return Labels(zip(regions, covers, strict=True), regions)
+        chosen = {number: mine[number] for number in numbers if number is not None} if asked else mine
+        return Labels(chosen, {value: covered for value, covered in mine.regions.items() if value in chosen})
+
+    def _number(self, label: str) -> int | None:
+        """The cohort's label of this number or name."""
         numbers = {name.casefold(): number for number, name in self.labels.items()}
         numbers |= {str(number): number for number in self.labels}
-        selected: dict[int, str] = {}
-        for label in asked:
-            number = numbers.get(label.strip().casefold())
-            if number is None:
-                raise SegraftError(f'{self.path} has no label "{label}": choose {self._instead_of(label)}.')
-            if number in selected:
-                raise SegraftError(
-                    f"label {number} ({self.labels[number]}) of {self.path} is asked for twice: name it once."
-                )
-            selected[number] = self.labels[number]
-        return selected
+        return numbers.get(label.strip().casefold())
+
+    def _covered(self, members: str) -> tuple[int, ...]:
+        """The values of masks that the parts of a region cover: a number is a value, not a region of that number."""
+        found: dict[int, None] = {}
+        for part in map(str.strip, members.split("+")):
+            value, number = int(part) if part.isdecimal() else None, self._number(part)
+            if value not in self.values and (value is not None or number is None):
+                raise self._unknown(part)
+            found |= dict.fromkeys([value] if value is not None else Labels.of(self.labels).covers(number or 0))
+        return tuple(found)
+
+    def _unknown(self, label: str) -> SegraftError:
+        return SegraftError(f'{self.path} has no label "{label}": choose {self._instead_of(label)}.')
 
     def _instead_of(self, label: str) -> str:
         """All labels, or, of many, those whose words are closest: "left kidney" is close to `kidney_left`."""

@@ -5,10 +5,20 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AliasChoices, BaseModel, Field, StringConstraints, ValidationError, field_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from segraft.data.case import Case
-from segraft.data.listed import Listed, identities, inside, patients_by, stem
+from segraft.data.channel_files import Given, files_of, names_of, scan_name
+from segraft.data.labels import Labels
+from segraft.data.listed import Listed, identities, inside, patients_by
 from segraft.errors import SegraftError
 
 LISTING = "dataset.json"
@@ -19,28 +29,38 @@ _LARGEST_LABEL = 65_535  # what a mask file can hold (uint16)
 def read_dataset_json(path: Path, patient_pattern: str | None) -> Listed:
     """Read a `dataset.json`, or the one in a folder.
 
-    `labels` may be `{"1": "liver"}` or nnU-Net's `{"liver": 1}`. A case's id is its image's file name without
-    `.nii`/`.nii.gz` (and without nnU-Net's `_0000`), or its path where several images share a name. Its patient is
-    the entry's "patient", else as the pattern says, else the id.
+    `labels` may be `{"1": "liver"}` or nnU-Net's `{"liver": 1}`, or its regions, `{"whole tumor": [1, 2], "core": 2}`
+    with `regions_class_order`. A case's id is its image's file name without `.nii`/`.nii.gz` (and without nnU-Net's
+    `_0000`), of several files what their names begin with, or their folder's; or its path where several images share a
+    name. Its patient is the entry's "patient", else as the pattern says, else the id.
+
+    Where `modality` (or `channel_names`) lists several, each entry's "image" is as `channel_files` says.
 
     Raises:
         SegraftError: no such file, not JSON, keys missing or of a wrong type, no training cases, a case listed twice, a
-            path that leaves the folder, or a pattern that fits no patient.
+            path that leaves the folder, channels that are not those listed, or a pattern that fits no patient.
     """
     if path.is_dir():
         path = path / LISTING
     listing = _parse(path, _Listing)
     cure = 'correct the pattern, or give that entry a "patient"'
     patient = patients_by(patient_pattern, path, cure=cure)
-    images = [entry.image for entry in listing.training]
+    channels = names_of([entry.image for entry in listing.training], listing.modalities, path)
+    images = [
+        files_of(entry.image, channels, lambda name: _inside(path, name), who=f"training entry {place} of {path}")
+        for place, entry in enumerate(listing.training)
+    ]
+    firsts = [next((name for name in names if name is not None), "") for names in images]
+    ids = identities(firsts, [scan_name(names, channels) for names in images])
     cases = tuple(
         Case(
             id=identity,
             patient=entry.patient or patient(identity),
-            image=_inside(path, entry.image),
+            images=tuple(None if name is None else _inside(path, name) for name in names),
             label=None if entry.label is None else _inside(path, entry.label),
+            channels=channels if len(channels) > 1 else (),
         )
-        for entry, identity in zip(listing.training, identities(images, [stem(image) for image in images]), strict=True)
+        for entry, names, identity in zip(listing.training, images, ids, strict=True)
     )
     if not cases:
         raise SegraftError(f'{path} lists no cases under "training": add at least one.')
@@ -50,19 +70,19 @@ def read_dataset_json(path: Path, patient_pattern: str | None) -> Listed:
     return Listed(
         name=listing.name or path.resolve().parent.name,
         path=path,
-        labels=listing.labels,
-        modalities=tuple(listing.modality[number] for number in sorted(listing.modality)),
+        labels=listing.known(),
+        modalities=channels,
         cases=cases,
     )
 
 
-def read_labels(path: Path) -> dict[int, str]:
-    """The labels that a `dataset.json` names, value -> name, background left out; its other keys are not looked at.
+def read_labels(path: Path) -> Labels:
+    """The labels that a `dataset.json` names, value -> name, background left out; what is no label is not looked at.
 
     Raises:
         SegraftError: as `read_dataset_json`.
     """
-    return _parse(path, _Labels).labels
+    return _parse(path, _Labels).known()
 
 
 def _inside(path: Path, name: str) -> Path:
@@ -70,7 +90,7 @@ def _inside(path: Path, name: str) -> Path:
 
 
 class _Entry(BaseModel):
-    image: _Text
+    image: Given
     label: _Text | None = None
     patient: Annotated[_Text, Field(coerce_numbers_to_str=True)] | None = None
 
@@ -79,6 +99,34 @@ class _Labels(BaseModel):
     """The labels of a `dataset.json` alone."""
 
     labels: dict[int, _Text]
+    regions: dict[int, tuple[int, ...]]
+
+    def known(self) -> Labels:
+        return Labels(self.labels, self.regions)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _regions_apart(cls, content: Any) -> Any:
+        """Of nnU-Net's {"whole": [1, 2], "core": 2}, take apart what each is painted with and what it covers."""
+        labels = content.get("labels") if isinstance(content, dict) else None
+        if not isinstance(labels, dict) or not any(isinstance(value, list) for value in labels.values()):
+            return {**content, "regions": {}} if isinstance(content, dict) else content
+        covers = {name: value if isinstance(value, list) else [value] for name, value in labels.items()}
+        if not all(type(value) is int and 0 <= value <= _LARGEST_LABEL for each in covers.values() for value in each):
+            raise ValueError(f"labels must be numbers in 0…{_LARGEST_LABEL}, or lists of them")
+        covers = {name: values for name, values in covers.items() if any(values)}
+        order = content.get("regions_class_order")
+        if (
+            not isinstance(order, list)
+            or not all(type(number) is int and number > 0 for number in order)
+            or not len(set(order)) == len(order) == len(covers)
+        ):
+            raise ValueError(
+                f"as some labels are regions of several numbers, regions_class_order must list another number above 0 "
+                f"for each of the {len(covers)} labels"
+            )
+        painted = dict(zip(covers, order, strict=True))
+        return {**content, "labels": painted, "regions": {painted[name]: values for name, values in covers.items()}}
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -112,6 +160,11 @@ class _Listing(_Labels):
     name: str | None = None
     modality: dict[int, str] = Field(default_factory=dict, validation_alias=AliasChoices("modality", "channel_names"))
     training: list[_Entry]
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """In the order of the channels."""
+        return tuple(self.modality[number] for number in sorted(self.modality))
 
 
 def _parse(path: Path, kind: type[_Kind]) -> _Kind:

@@ -57,7 +57,7 @@ def read_flare(folder: Path, patient_pattern: str | None) -> Listed:
         path=folder,
         labels=dict(ORGANS),
         modalities=("CT",),
-        cases=tuple(Case(name, patient(name), images[name], labels.get(name)) for name in sorted(images)),
+        cases=tuple(Case(name, patient(name), (images[name],), labels.get(name)) for name in sorted(images)),
     )
 
 

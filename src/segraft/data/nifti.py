@@ -1,6 +1,7 @@
 """NIfTI files in and out: read whole and checked, written on the grid of another."""
 
 import gzip
+import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,18 +22,21 @@ _GRID_TOLERANCE = 1e-3  # per entry of the affine (mm, mm per voxel): room for f
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
-def load_nifti(path: str | Path, *, what: str = "image") -> nib.Nifti1Image:
-    """Read a 3D NIfTI file whole; trailing axes of size 1 are dropped.
+def load_nifti(path: str | Path, *, what: str = "image", channels: Sequence[str] = ()) -> nib.Nifti1Image:
+    """Read a NIfTI file whole; trailing axes of size 1 are dropped.
 
     Args:
         path: a `.nii` or `.nii.gz` file (NIfTI-1 or NIfTI-2).
         what: what the file is, for messages.
+        channels: names of the channels that its last axis holds, where there are several.
 
     Returns:
-        The image with its data [X, Y, Z] in memory, in the file's own type (scaled if the header says so).
+        The image with its data [X, Y, Z], with several channels [X, Y, Z, C], in memory, in the file's own type (scaled
+        if the header says so).
 
     Raises:
-        SegraftError: the file is missing, damaged, cut short, not NIfTI, not 3D, or its affine is singular.
+        SegraftError: the file is missing, damaged, cut short, not NIfTI, not 3D (or of another number of channels), or
+            its affine is singular.
     """
     path = Path(path)
     try:
@@ -54,11 +58,19 @@ def load_nifti(path: str | Path, *, what: str = "image") -> nib.Nifti1Image:
         raise SegraftError(f"the {what} {path} is not a NIfTI file ({error}): convert it to .nii.gz.") from error
     except (OSError, ValueError, OverflowError, MemoryError) as error:  # fewer bytes than the header promises
         raise SegraftError(f"the {what} {path} is damaged or cut short ({error}): copy it again.") from error
-    data = _three_axes(data, path, what)
+    data = _four_axes(data, path, what, channels) if len(channels) > 1 else _three_axes(data, path, what)
     affine = np.asarray(image.affine)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < np.finfo(np.float32).tiny:
         raise SegraftError(f"the {what} {path} has a singular affine: correct its voxel sizes and orientation.")
     return kind(data, affine, image.header)
+
+
+def holds_several(path: Path) -> bool:
+    """Whether a NIfTI file has more than one volume, by its header; False for what is none."""
+    try:
+        return path.is_file() and math.prod(nib.load(path).shape[3:]) > 1
+    except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error):
+        return False
 
 
 def same_grid(a: nib.Nifti1Image, b: nib.Nifti1Image) -> bool:
@@ -147,10 +159,28 @@ def _three_axes(data: NDArray[Any], path: Path, what: str) -> NDArray[Any]:
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
     if data.ndim != 3:
-        cure = "split it into one file per volume" if data.ndim > 3 else "store it as a volume"
+        several = "split it into one file per volume, or name its channels where the cohort is described"
+        cure = several if data.ndim > 3 else "store it as a volume"
         raise SegraftError(f"the {what} {path} has shape {shape} where three axes are expected: {cure}.")
+    return _of_numbers(data, path, what)
+
+
+def _four_axes(data: NDArray[Any], path: Path, what: str, channels: Sequence[str]) -> NDArray[Any]:
+    """[X, Y, Z, C]; NIfTI's own place for several values per voxel is the fifth axis, behind one time."""
+    shape = data.shape
+    if data.ndim == 5 and shape[3] == 1:
+        data = data[:, :, :, 0]
+    if data.ndim != 4 or data.shape[-1] != len(channels):
+        raise SegraftError(
+            f"the {what} {path} has shape {shape} where the {len(channels)} channels {', '.join(channels)} are "
+            "expected as a fourth axis: store them so, or as one file per channel."
+        )
+    return _of_numbers(data, path, what)
+
+
+def _of_numbers(data: NDArray[Any], path: Path, what: str) -> NDArray[Any]:
     if 0 in data.shape:
-        raise SegraftError(f"the {what} {path} has shape {shape}, no voxels at all: export it again.")
+        raise SegraftError(f"the {what} {path} has shape {data.shape}, no voxels at all: export it again.")
     if data.dtype.names is not None or np.iscomplexobj(data):
         raise SegraftError(f"the {what} {path} holds {data.dtype} voxels: export one number per voxel.")
     return data

@@ -52,7 +52,7 @@ def read_organ_folders(folder: Path, patient_pattern: str | None) -> Listed:
         path=folder,
         labels=labels,
         modalities=(" or ".join(modalities),),
-        cases=tuple(Case(case.name, patient(case.name), image, masks, names) for case, image, masks in found),
+        cases=tuple(Case(case.name, patient(case.name), (image,), masks, names) for case, image, masks in found),
     )
 
 

@@ -1,6 +1,6 @@
 """Random patches of prepared cases: what a network sees in training."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,13 @@ from torch.utils.data import Dataset, Sampler
 
 from segraft.data.augmentation import AUGMENTATIONS, cut
 from segraft.data.cohort import Case
+from segraft.data.labels import Labels
 from segraft.data.preparation import Preparation, prepare_positions
 from segraft.errors import SegraftError
 
 
 class PatchSource(Dataset[dict[str, Any]]):
-    """Patches of cases that were prepared once and are kept in memory (5 bytes per voxel).
+    """Patches of cases that were prepared once and are kept in memory (4 bytes per voxel and channel, 1 for the label).
 
     An item is asked for by (epoch, index) and depends on nothing but (seed, epoch, index): resuming at an epoch,
     and any number of loader workers, give the same patches. Volumes smaller than a patch are padded with 0.
@@ -26,13 +27,16 @@ class PatchSource(Dataset[dict[str, Any]]):
     centred on a voxel of one of the asked labels, each label present in the case being equally likely whatever
     its size; the others are centred on a voxel with none. Patches are moved as little as keeps them inside the
     volume. A case without foreground gives background alone.
+
+    All channels of a patch are cut, turned, deformed and mirrored alike; their intensities vary each by itself. A
+    channel that a scan lacks is NaN throughout.
     """
 
     def __init__(
         self,
         cases: Sequence[Case],
         preparation: Preparation,
-        labels: Sequence[int],
+        labels: Collection[int],
         *,
         seed: int,
         patches_per_volume: int = 2,
@@ -46,7 +50,7 @@ class PatchSource(Dataset[dict[str, Any]]):
         Args:
             cases: cases with labels.
             preparation: how; also the patch size.
-            labels: label values, one plane each, in this order.
+            labels: labels or regions (`Labels`), or label values; one plane each, in this order.
             seed: of everything random, not negative.
             patches_per_volume: N, patches per item.
             foreground_fraction: share of patches centred on foreground, 0…1.
@@ -68,7 +72,8 @@ class PatchSource(Dataset[dict[str, Any]]):
         if augmentation not in AUGMENTATIONS:
             raise SegraftError(f"unknown augmentation {augmentation!r}: choose one of {', '.join(AUGMENTATIONS)}.")
         self.patch = preparation.patch
-        self.labels = tuple(labels)
+        self.labels = Labels.of(labels)
+        self._planes = self.labels.membership().astype(np.float32)
         self._seed = seed
         self._patches = patches_per_volume
         self._fraction = foreground_fraction
@@ -85,18 +90,17 @@ class PatchSource(Dataset[dict[str, Any]]):
         """N patches of volume `index` in epoch `epoch`.
 
         Returns:
-            "image": [N, 1, *patch] float32; "label": [N, L, *patch] float32, planes of 0 and 1; "case": its id.
+            "image": [N, C, *patch] float32; "label": [N, L, *patch] float32, planes of 0 and 1; "case": its id.
         """
         epoch, index = key
         rng = np.random.default_rng([self._seed, epoch, index])
         volume = self._volumes[index]
         foreground = int(self._patches * self._fraction + rng.random())
-        image = np.empty((self._patches, 1, *self.patch), dtype=np.float32)
+        image = np.empty((self._patches, len(volume.channels), *self.patch), dtype=np.float32)
         label = np.empty((self._patches, len(self.labels), *self.patch), dtype=np.float32)
-        numbers = np.arange(1, len(self.labels) + 1, dtype=np.uint8)[:, None, None, None]
         for place in range(self._patches):
             centre = volume.centre(rng, foreground=place < foreground)
-            self._fill(image[place, 0], label[place], volume, centre, numbers, rng)
+            self._fill(image[place], label[place], volume, centre, rng)
         return {"image": torch.from_numpy(image), "label": torch.from_numpy(label), "case": volume.case}
 
     def _fill(
@@ -105,18 +109,21 @@ class PatchSource(Dataset[dict[str, Any]]):
         label: NDArray[np.float32],
         volume: "_Volume",
         centre: NDArray[np.int_],
-        numbers: NDArray[np.uint8],
         rng: np.random.Generator,
     ) -> None:
         patch = np.array(self.patch)
-        start = np.clip(centre - patch // 2, 0, np.array(volume.image.shape) - patch)
+        start = np.clip(centre - patch // 2, 0, np.array(volume.positions.shape) - patch)
         vary = self._augmentation
         warp = vary.warp(self.patch, volume.spacing, rng) if vary else None
         flip = vary.flip(rng) if vary else (slice(None),) * 3
-        image[:] = cut(volume.image, start, self.patch, warp, order=1)[flip]
-        np.equal(cut(volume.positions, start, self.patch, warp, order=0)[flip], numbers, out=label, casting="unsafe")
-        if vary:
-            vary.recolour(image, rng)
+        label[:] = self._planes[:, cut(volume.positions, start, self.patch, warp, order=0)[flip]]
+        for plane, channel in zip(image, volume.channels, strict=True):
+            if channel is None:
+                plane[:] = np.nan
+                continue
+            plane[:] = cut(channel, start, self.patch, warp, order=1)[flip]
+            if vary:
+                vary.recolour(plane, rng)
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -171,7 +178,7 @@ def collate(batch: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Join B items of a `PatchSource`.
 
     Returns:
-        "image": [B·N, 1, *patch]; "label": [B·N, L, *patch]; "case": B ids.
+        "image": [B·N, C, *patch]; "label": [B·N, L, *patch]; "case": B ids.
     """
     return {
         "image": torch.cat([item["image"] for item in batch]),
@@ -184,12 +191,13 @@ def collate(batch: Sequence[dict[str, Any]]) -> dict[str, Any]:
 class _Volume:
     """A prepared case, at least as large as a patch, with its foreground indexed once.
 
-    `voxels` holds the flat indices of each label that is present; `gaps[i]` counts the background voxels before
-    the i-th foreground voxel, so that the n-th background voxel is found without listing them all.
+    `channels` are None where the scan lacks one. `voxels` holds the flat indices of each label that is present;
+    `gaps[i]` counts the background voxels before the i-th foreground voxel, so that the n-th background voxel is found
+    without listing them all.
     """
 
     case: str
-    image: NDArray[np.float32]
+    channels: tuple[NDArray[np.float32] | None, ...]
     positions: NDArray[np.uint8]
     spacing: NDArray[np.float64]
     voxels: tuple[NDArray[np.int_], ...]
@@ -207,18 +215,19 @@ class _Volume:
         return np.array(np.unravel_index(flat, self.positions.shape))
 
 
-def _volume(case: Case, preparation: Preparation, labels: tuple[int, ...]) -> _Volume:
+def _volume(case: Case, preparation: Preparation, labels: Labels) -> _Volume:
     prepared, moved = prepare_positions(case, preparation, labels)
     missing = [max(0, size - have) for size, have in zip(preparation.patch, moved.shape, strict=True)]
     margins = [(gap // 2, gap - gap // 2) for gap in missing]
-    image = np.ascontiguousarray(np.pad(prepared.as_tensor().numpy()[0], margins))
+    planes = prepared.as_tensor().numpy()
+    channels = (None if np.isnan(plane.flat[0]) else np.ascontiguousarray(np.pad(plane, margins)) for plane in planes)
     positions = np.ascontiguousarray(np.pad(moved.numpy(), margins))
     foreground = np.flatnonzero(positions)
     which = positions.ravel()[foreground]
-    voxels = (foreground[which == number] for number in range(1, len(labels) + 1))
+    voxels = (foreground[covers[which]] for covers in labels.membership())
     return _Volume(
         case=case.id,
-        image=image,
+        channels=tuple(channels),
         positions=positions,
         spacing=np.asarray(affine_to_spacing(prepared.affine.numpy()), dtype=np.float64),
         voxels=tuple(label for label in voxels if label.size),

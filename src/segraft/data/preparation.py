@@ -1,6 +1,6 @@
 """From a scan as it was taken to what a network sees, and from the network's grid back to the scan's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,17 +14,24 @@ from numpy.typing import NDArray
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     PositiveFloat,
     PositiveInt,
+    SerializerFunctionWrapHandler,
+    Tag,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
+from segraft.data.channels import Scan, described
 from segraft.data.checks import check_image, load_case
 from segraft.data.cohort import Case
+from segraft.data.labels import Labels
 from segraft.data.levelling import levelling_of
+from segraft.data.nifti import same_grid
 from segraft.data.resampling import resample
 from segraft.errors import SegraftError
 
@@ -63,6 +70,13 @@ class Percentiles(_Settings):
         return self
 
 
+Intensity = Annotated[Window | Percentiles, Field(discriminator="kind")]
+_Intensities = Annotated[
+    Annotated[Intensity, Tag("all")] | Annotated[tuple[Intensity, ...], Tag("each")],
+    Discriminator(lambda value: "each" if isinstance(value, list | tuple) else "all"),
+]
+
+
 class Preparation(_Settings):
     """How scans are prepared, in this order: levelled, turned, resampled, scaled, cropped; then cut into patches.
 
@@ -71,8 +85,10 @@ class Preparation(_Settings):
             What is added is air, which moves percentiles: give a window.
         orientation: where the three axes point, as in NIfTI ("RAS": to the right, to the front, up).
         spacing: voxel size in mm along those axes; None keeps each scan's own.
-        intensity: what becomes 0 and what becomes 1.
-        crop_foreground: crop to the box of what is above 0 after scaling.
+        channel_grids: what to do where channels of a scan lie on another grid than its first: refuse them, or resample
+            them to that (linearly; beyond their own edges with their lowest value).
+        intensity: what becomes 0 and what becomes 1, for all channels or one for each. Percentiles are each channel's.
+        crop_foreground: crop to the box of what is above 0 after scaling, in any channel.
         patch: voxels along those axes that a network sees at once; a last size of 1 means 2D slices.
         overlap: of neighbouring patches along each axis, as a share of their size, when a whole scan is segmented.
     """
@@ -80,7 +96,8 @@ class Preparation(_Settings):
     head: bool = False
     orientation: str = "RAS"
     spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
-    intensity: Annotated[Window | Percentiles, Field(discriminator="kind")] = Percentiles()
+    channel_grids: Literal["refuse", "resample"] = "refuse"
+    intensity: _Intensities = Percentiles()
     crop_foreground: bool = False
     patch: tuple[PositiveInt, PositiveInt, PositiveInt] = (96, 96, 96)
     overlap: float = Field(default=0.5, ge=0, lt=1)
@@ -100,6 +117,12 @@ class Preparation(_Settings):
                 "make the file again."
             ) from error
 
+    @model_serializer(mode="wrap")
+    def _without_defaults_of_several_channels(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """So that the records of one channel, and trainings to go on with, are those from before there were several."""
+        values: dict[str, Any] = values_of(self)
+        return {name: value for name, value in values.items() if (name, value) != ("channel_grids", "refuse")}
+
     @field_validator("orientation")
     @classmethod
     def _each_axis_once(cls, orientation: str) -> str:
@@ -108,9 +131,24 @@ class Preparation(_Settings):
             raise ValueError(f"{orientation!r} must hold one letter each of L/R, P/A and I/S, such as RAS")
         return orientation
 
+    def intensities(self, channels: int) -> tuple[Window | Percentiles, ...]:
+        """Of each channel.
+
+        Raises:
+            SegraftError: there are settings for another number of channels.
+        """
+        if not isinstance(self.intensity, tuple):
+            return (self.intensity,) * channels
+        if len(self.intensity) != channels:
+            raise SegraftError(
+                f"{len(self.intensity)} intensity settings were given for {channels} channels: give one for each, or "
+                "one for all."
+            )
+        return self.intensity
+
 
 def prepare_image(path: str | Path, preparation: Preparation) -> MetaTensor:
-    """Read a scan (a NIfTI file, or a folder of one DICOM series) and prepare it.
+    """Read a scan of one channel (a NIfTI file, or a folder of one DICOM series) and prepare it.
 
     Returns:
         [1, X, Y, Z] float32 in 0…1; `.affine` ([4, 4] float64) takes its voxels to mm.
@@ -119,38 +157,44 @@ def prepare_image(path: str | Path, preparation: Preparation) -> MetaTensor:
         SegraftError: what `check_image` or, for heads, `level_head` refuses, or a scan in which the intensity setting
             leaves no contrast.
     """
-    return prepare_scan(check_image(path), Path(path), preparation)
+    scan = Scan(f"the image {path}", ("",), (Path(path),), (check_image(path),))
+    return prepare_scan(scan, preparation)
 
 
-def prepare_case(case: Case, preparation: Preparation, labels: Sequence[int]) -> dict[str, torch.Tensor]:
+def prepare_case(case: Case, preparation: Preparation, labels: Collection[int]) -> dict[str, torch.Tensor]:
     """Read and prepare a case with its label.
 
     Args:
         case: a case with a label.
         preparation: how.
-        labels: the label values asked for.
+        labels: the labels asked for.
 
     Returns:
-        "image": [1, X, Y, Z] MetaTensor as of `prepare_image`; "label": [L, X, Y, Z] float32, one plane of 0
-        and 1 per label, in the order of `labels`.
+        "image": [C, X, Y, Z] MetaTensor as of `prepare_scan`; "label": [L, X, Y, Z] float32, one plane of 0
+        and 1 per label or region, in the order of `labels`.
 
     Raises:
-        SegraftError: what `prepare_image` or `load_case` refuses.
+        SegraftError: what `prepare_scan` or `load_case` refuses.
     """
-    image, positions = prepare_positions(case, preparation, labels)
-    planes = positions == torch.arange(1, len(labels) + 1)[:, None, None, None]
+    asked = Labels.of(labels)
+    image, positions = prepare_positions(case, preparation, asked)
+    planes = torch.from_numpy(asked.membership())[:, positions.long()]
     return {"image": image, "label": planes.float()}
 
 
-def prepare_positions(case: Case, preparation: Preparation, labels: Sequence[int]) -> tuple[MetaTensor, torch.Tensor]:
-    """As `prepare_case`, but the label as one uint8 volume [X, Y, Z]: k where `labels[k - 1]` is, 0 elsewhere."""
-    if len(labels) > np.iinfo(np.uint8).max:
-        raise SegraftError(f"{len(labels)} labels were asked for: ask for at most {np.iinfo(np.uint8).max}.")
+def prepare_positions(case: Case, preparation: Preparation, labels: Labels) -> tuple[MetaTensor, torch.Tensor]:
+    """As `prepare_case`, but the label as one uint8 volume [X, Y, Z] of places in `labels.membership()`.
+
+    That is k where `labels.values_covered[k - 1]` is, and 0 elsewhere.
+    """
+    values = labels.values_covered
+    if len(values) > np.iinfo(np.uint8).max:
+        raise SegraftError(f"{len(values)} labels were asked for: ask for at most {np.iinfo(np.uint8).max}.")
     scan, label = load_case(case, labels)
-    image = prepare_scan(scan, case.image, preparation)
+    image = prepare_scan(scan, preparation)
     data = np.asanyarray(label.dataobj)
     positions = np.zeros(data.shape, dtype=np.float32)
-    for place, value in enumerate(labels, start=1):
+    for place, value in enumerate(values, start=1):
         positions[data == value] = place
     moved = resample(
         torch.from_numpy(positions)[None], label.affine, image.shape[1:], _numpy(image.affine), mode="nearest"
@@ -178,21 +222,55 @@ def to_input_grid(
     return resample(plain, _numpy(prepared_affine), image.shape, image.affine, mode="bilinear")
 
 
-def prepare_scan(scan: nib.Nifti1Image, path: Path, preparation: Preparation) -> MetaTensor:
-    """As `prepare_image`, of a scan in memory; `path` is for messages."""
+def prepare_scan(scan: Scan, preparation: Preparation) -> MetaTensor:
+    """Prepare a scan in memory.
+
+    Returns:
+        [C, X, Y, Z] float32 in 0…1; NaN throughout in channels that are missing. `.affine` ([4, 4] float64) takes
+        voxels to mm.
+
+    Raises:
+        SegraftError: channels on several grids, unless they are to be resampled; a head of several channels; what
+            `level_head` refuses; a channel in which the intensity setting leaves no contrast.
+    """
+    first, intensities = scan.first, preparation.intensities(len(scan.channels))
+    there = {place: channel for place, channel in enumerate(scan.channels) if channel is not None}
+    together = [place for place, channel in there.items() if same_grid(channel, first)]
+    apart = [place for place in there if place not in together]
+    if apart and preparation.channel_grids == "refuse":
+        raise SegraftError(
+            f"{scan.told(apart[0])} lies on another grid than {scan.told(together[0])} ({described(there[apart[0]])}; "
+            f"{described(first)}): resample it, or have it done (--channel-grids resample)."
+        )
+    images = [there[place] for place in together]
     if preparation.head:
-        scan = _levelled(scan, path)
-    data = torch.from_numpy(scan.get_fdata(dtype=np.float32, caching="unchanged"))
-    # with its channel from the start: MONAI counts the spatial axes once, here
-    image = MetaTensor(data[None], affine=torch.as_tensor(scan.affine, dtype=torch.float64))
+        if len(scan.channels) > 1:
+            raise SegraftError(f"{scan.who} has several channels, and only a head CT is levelled: leave --head out.")
+        images = [_levelled(first, scan.path)]
+    data = [torch.from_numpy(image.get_fdata(dtype=np.float32, caching="unchanged")) for image in images]
+    # with its channels from the start: MONAI counts the spatial axes once, here
+    stacked = data[0][None] if len(data) == 1 else torch.stack(data)
+    image = MetaTensor(stacked, affine=torch.as_tensor(images[0].affine, dtype=torch.float64))
     image = Orientation(preparation.orientation, labels=_AXES)(image)
     if preparation.spacing is not None:
         image = Spacing(preparation.spacing, mode="bilinear", padding_mode="border", dtype=torch.float32)(image)
-    low, high = _range(image, path, preparation.intensity)
-    image = ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)(image)
+    planes = {place: image[at : at + 1] for at, place in enumerate(together)}
+    planes |= {place: _onto(there[place], image) for place in apart}
+    scaled = []
+    for place in there:
+        low, high = _range(planes[place], scan.told(place), intensities[place])
+        scaled.append(ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)(planes[place]))
+    if len(scaled) > 1:
+        image = MetaTensor(torch.cat([plane.as_tensor() for plane in scaled]), affine=image.affine)
+    else:
+        image = scaled[0]
     if preparation.crop_foreground:
         image = CropForeground(allow_smaller=True)(image)
-    return image
+    if not scan.missing:
+        return image
+    whole = torch.full((len(scan.channels), *image.shape[1:]), torch.nan)
+    whole[list(there)] = image.as_tensor()
+    return MetaTensor(whole, affine=image.affine)
 
 
 def _levelled(scan: nib.Nifti1Image, path: Path) -> nib.Nifti1Image:
@@ -202,12 +280,20 @@ def _levelled(scan: nib.Nifti1Image, path: Path) -> nib.Nifti1Image:
         raise SegraftError(f"the image {path} cannot be levelled: {error}") from error
 
 
-def _range(image: MetaTensor, path: Path, intensity: Window | Percentiles) -> tuple[float, float]:
+def _onto(channel: nib.Nifti1Image, image: MetaTensor) -> MetaTensor:
+    """A channel on the grid of a prepared image, in one interpolation."""
+    values = torch.from_numpy(channel.get_fdata(dtype=np.float32, caching="unchanged"))
+    lowest = values.min()  # beyond its own edges there is nothing, which need not be 0
+    moved = resample((values - lowest)[None], channel.affine, image.shape[1:], _numpy(image.affine), mode="bilinear")
+    return MetaTensor(moved + lowest, affine=image.affine)
+
+
+def _range(image: MetaTensor, told: str, intensity: Window | Percentiles) -> tuple[float, float]:
     """The intensities that become 0 and 1."""
     if isinstance(intensity, Window):
         if float(image.max()) <= intensity.low or float(image.min()) >= intensity.high:
             raise SegraftError(
-                f"the image {path} lies wholly outside the intensity window {intensity.low:g} to "
+                f"{told} lies wholly outside the intensity window {intensity.low:g} to "
                 f"{intensity.high:g}: choose a window that fits it, or percentiles."
             )
         return intensity.low, intensity.high
@@ -215,7 +301,7 @@ def _range(image: MetaTensor, path: Path, intensity: Window | Percentiles) -> tu
     low, high = float(percentile(plain, intensity.lower)), float(percentile(plain, intensity.upper))
     if low >= high:
         raise SegraftError(
-            f"the image {path} has the value {low:g} at both percentiles {intensity.lower:g} and "
+            f"{told} has the value {low:g} at both percentiles {intensity.lower:g} and "
             f"{intensity.upper:g}: choose wider percentiles, or a window."
         )
     return low, high

@@ -81,7 +81,8 @@ def read_split_file(path: Path, patient_pattern: str | None) -> Listed:
     patient = patients_by(patient_pattern, path)
     found = dict.fromkeys(IMAGES.get(entry.image.name, "") for entry in entries)
     cases = (
-        Case(name, patient(name), entry.image, entry.label, organs) for name, entry in zip(names, entries, strict=True)
+        Case(name, patient(name), (entry.image,), entry.label, organs)
+        for name, entry in zip(names, entries, strict=True)
     )
     return Listed(
         name=path.stem,

@@ -18,6 +18,7 @@ from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
+from segraft.data.labels import Labels
 from segraft.errors import SegraftError
 from segraft.evaluation.metrics import dice
 from segraft.evaluation.view import Array, AxialView, axial_view, displayed_range
@@ -56,7 +57,8 @@ def comparison_figure(
         window: the intensities shown black and white; None takes the image's 0.5th and 99.5th percentiles.
         spacing_mm: voxel edge along each axis in mm.
         title: printed at the top.
-        labels: label value → name for the legend; a label that is not listed is called by its value.
+        labels: label value → name for the legend; a label that is not listed is called by its value. Of regions
+            (`segraft.data.labels.Labels`) the maps show what lies above, and the scores are of each as a whole.
 
     Returns:
         A PNG file.
@@ -82,7 +84,7 @@ def comparison_figure(
             ax.imshow(_filled(view.of(mask)), origin="lower", extent=extent, interpolation="nearest")
             _outline(ax, outlined, view)
     for ax, prediction in zip(axes[2:], predictions.values(), strict=True):
-        _write_scores(ax, prediction, truth, apart=apart)
+        _write_scores(ax, prediction, truth, Labels.of(labels or {}), apart=apart)
     for x, side, align in ((0.03, "R", "left"), (0.97, "L", "right")):
         mark = axes[0].text(x, 0.97, side, transform=axes[0].transAxes, ha=align, va="top", color="white")
         mark.set(fontsize=9, path_effects=[withStroke(linewidth=2, foreground="black")])
@@ -218,8 +220,10 @@ def _outline(ax: Axes, labels: Array, view: AxialView) -> None:
     ax.set(xlim=(0, view.size_mm[0]), ylim=(0, view.size_mm[1]))
 
 
-def _write_scores(ax: Axes, prediction: Array, truth: Array, *, apart: bool) -> None:
-    scores = {value: dice(prediction == value, truth == value) for value in _values(truth, prediction)}
+def _write_scores(ax: Axes, prediction: Array, truth: Array, labels: Labels, *, apart: bool) -> None:
+    scores = {
+        value: dice(labels.plane(prediction, value), labels.plane(truth, value)) for value in _values(truth, prediction)
+    }
     style = {"fontsize": 9, "color": _INK}
     parts: list[Artist]
     if not scores:

@@ -1,6 +1,6 @@
 """From label maps to numbers per case, and from those to tables for people and files for programs."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +13,7 @@ from pydantic_core import to_json
 
 from segraft.atomic import replacing
 from segraft.errors import SegraftError
-from segraft.evaluation.metrics import dice, hausdorff95_mm, spacing_of, strata, stratum, volume_ml
+from segraft.evaluation.metrics import Mask, dice, hausdorff95_mm, spacing_of, strata, stratum, volume_ml
 
 LabelMap = NDArray[np.integer[Any]]
 
@@ -81,10 +81,34 @@ def evaluate_case(
             raise SegraftError(
                 f"{case_id}: the {what} holds values that are no whole numbers: give a label map, not probabilities."
             )
+    planes = (lambda label: np.asarray(prediction == label)), (lambda label: np.asarray(truth == label))
+    return evaluate_planes(case_id, *planes, labels, affine)
+
+
+def evaluate_planes(
+    case_id: str,
+    predicted: Callable[[int], Mask],
+    annotated: Callable[[int], Mask],
+    labels: Mapping[int, str],
+    affine: ArrayLike,
+) -> list[CaseResult]:
+    """As `evaluate_case`, of labels that may overlap.
+
+    Args:
+        case_id: what the case is called in tables and messages.
+        predicted: label value → where it was found, `[X, Y, Z]`.
+        annotated: label value → where it is, on the same grid.
+        labels: label value → name.
+        affine: 4×4, voxel → world in mm; only the voxel spacing is read from it.
+
+    Raises:
+        SegraftError: masks of different shapes; or as `evaluate_case`.
+    """
+    _check_labels(labels)
     spacing = spacing_of(affine)
 
     def measured(label: int, name: str) -> CaseResult:
-        ours, theirs = prediction == label, truth == label
+        ours, theirs = predicted(label), annotated(label)
         return CaseResult(
             case=case_id,
             label=label,

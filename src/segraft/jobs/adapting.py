@@ -17,6 +17,7 @@ from segraft.errors import SegraftError
 from segraft.jobs.cases import Served, choose, read_cohort
 from segraft.jobs.locating import ADAPTER_FILE
 from segraft.jobs.model import build_from_start, with_outputs
+from segraft.jobs.preparing import require_same_channels, require_same_order
 from segraft.jobs.run_folder import RunFolder, versions
 from segraft.jobs.training_set import training_set
 from segraft.networks import Base, load_base, load_checkpoint
@@ -63,22 +64,25 @@ class BaseSource:
     arguments: Mapping[str, Any] | None = None
     labels: Sequence[str] = ()
 
-    def load(self, labels: Mapping[int, str]) -> "LoadedBase":
-        """The network, with one output for each of the new task's labels.
+    def load(self, labels: Mapping[int, str], cohort: Cohort) -> "LoadedBase":
+        """The network, with one output for each of the new task's labels, for images of the cohort's channels.
 
         A label takes the output of its name. Where no name is the same and there are as many, outputs map by position;
         else the labels that the base does not have get outputs that start new, which the adapter must train.
 
         Args:
             labels: value -> name.
+            cohort: of the images.
 
         Raises:
-            SegraftError: it does not exist, does not fit, or its outputs cannot be exchanged.
+            SegraftError: it does not exist, does not fit, takes other channels, or its outputs cannot be exchanged.
         """
         asked = tuple(labels.values())
-        return self._of_ours(asked) if self.weights is None else self._from_elsewhere(asked, self.weights)
+        if self.weights is None:
+            return self._of_ours(asked, cohort)
+        return self._from_elsewhere(asked, self.weights, cohort)
 
-    def _of_ours(self, labels: tuple[str, ...]) -> "LoadedBase":
+    def _of_ours(self, labels: tuple[str, ...], cohort: Cohort) -> "LoadedBase":
         for given, option in ((self.arguments, "--network-args"), (self.labels, "--base-labels")):
             if given:
                 raise SegraftError(
@@ -86,6 +90,9 @@ class BaseSource:
                     f"its own: leave {option} out, or add --weights."
                 )
         net, info = load_base(self.base)
+        takes = info.arguments["in_channels"]
+        require_same_channels(takes, cohort.channels, f"the base {info.path}", str(cohort.path))
+        require_same_order(tuple(info.record.get("channels", ())), cohort.channels, str(info.path), str(cohort.path))
         described = {"network": info.network, "arguments": info.arguments, "path": str(info.path)}
         recorded = info.record.get("preparation")
         preparation = None if recorded is None else Preparation.from_record(recorded, info.path)
@@ -107,8 +114,10 @@ class BaseSource:
             (*notes, *output_notes(outputs, labels)),
         )
 
-    def _from_elsewhere(self, labels: tuple[str, ...], weights: str | Path) -> "LoadedBase":
-        arguments = {"in_channels": 1, "out_channels": len(labels), **(self.arguments or {})}
+    def _from_elsewhere(self, labels: tuple[str, ...], weights: str | Path, cohort: Cohort) -> "LoadedBase":
+        channels = cohort.channels
+        arguments = {"in_channels": len(channels), "out_channels": len(labels), **(self.arguments or {})}
+        require_same_channels(arguments["in_channels"], channels, f"the network {self.base}", str(cohort.path))
         net = build_from_start(str(self.base), arguments)
         loaded = load_checkpoint(net, weights, labels=labels, names=self.labels)
         described = {"network": str(self.base), "arguments": arguments, "path": str(weights)}
@@ -209,9 +218,10 @@ def adapt(
     folder = RunFolder(Path(out), ADAPTER_FILE, resume=resume, overwrite=overwrite, writes=team.first)
     cohort = Cohort.read(data, patient_pattern=patient_pattern)
     asked = cohort.select_labels(labels)
-    loaded = source.load(asked)
+    loaded = source.load(asked, cohort)
     net, described = loaded.net, loaded.described
     cohort = read_cohort(data, patient_pattern, loaded.served)
+    spec = _for_channels(spec, net)
     require_parts(net, spec.train)
     adapters.graft(net, spec, seed=settings.seed)
     loaded.require_trained_head(tuple(asked.values()))
@@ -253,6 +263,14 @@ def adapt(
         training,
         (*loaded.notes, *chosen.notes),
     )
+
+
+def _for_channels(spec: AdapterSpec, net: nn.Module) -> AdapterSpec:
+    """Networks that encode their image's channels one at a time get a set of factors for each."""
+    channels = getattr(net, "image_channels", 1)
+    if channels == 1 or spec.channels > 1 or spec.factorisation is None:
+        return spec
+    return AdapterSpec.from_dict(spec.to_dict() | {"channels": channels})
 
 
 def _saved(net: nn.Module, path: Path, record: Mapping[str, Any]) -> int:

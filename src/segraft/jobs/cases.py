@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from rich.console import Console
 
+from segraft.data.case import images_of
 from segraft.data.cohort import Case, Cohort
 from segraft.data.splits import draw
 from segraft.errors import SegraftError
@@ -54,17 +55,17 @@ def read_cohort(data: str | Path, patient_pattern: str | None, *served: Served) 
 def served_cases(
     cohort: Cohort, served: Served, console: Console | None = None, *, among: Sequence[str] | None = None
 ) -> frozenset[str]:
-    """Ids of the cases of patients any of whose images (recognised by content) served before.
+    """Ids of the cases of patients any of whose images, any channel of them (recognised by content), served before.
 
     Every image of all patients, or of those of the cases `among`, is read for that, with a progress bar on `console`.
     """
     if not served.digests:
         return frozenset()
-    known = set(served.digests.values())
+    known = frozenset().union(*map(images_of, served.digests.values()))
     asked = {case.patient for case in cohort.cases if among is None or case.id in set(among)}
     theirs = [case for case in cohort.cases if case.patient in asked]
     cases = watched("comparing with scans that served", console)(theirs)
-    patients = {case.patient for case in cases if case.digest() in known}
+    patients = {case.patient for case in cases if images_of(case.digest()) & known}
     return frozenset(case.id for case in cohort.cases if case.patient in patients)
 
 

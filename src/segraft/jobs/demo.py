@@ -132,9 +132,9 @@ def demo(
     masks: dict[str, dict[str, Mask]] = {case.id: {} for case in tests}
     for row in rows:
         for case in watched("testing", bars)(tests):
-            mask, _ = row.model.segment(case.image, device=device, precision=precision)
-            row.results.extend(measure(case, mask, row.model.labels))
-            masks[case.id][row.name] = mask
+            found = row.model.segment(case, device=device, precision=precision)
+            row.results.extend(measure(case, found, row.model.labels))
+            masks[case.id][row.name] = found.mask
         save_results(row.results, out / row.name.replace(" ", "_"), record={"note": STAND_IN})
     predict(out / "dora_c", [case.image for case in tests], out / "masks", device=device, precision=precision)
 
@@ -186,10 +186,10 @@ def _strata(rows: list[_Row]) -> pd.DataFrame:
 def _picture(case: Case, masks: Mapping[str, Mask], labels: Mapping[int, str]) -> bytes:
     """Image, truth and every prediction, all turned to RAS."""
     scan, label = load_case(case, labels)
-    upright = nib.as_closest_canonical(scan)
+    upright = nib.as_closest_canonical(scan.first)
 
     def turned(mask: NDArray[Any]) -> NDArray[Any]:
-        image = nib.Nifti1Image(mask.astype(np.int16), scan.affine)
+        image = nib.Nifti1Image(mask.astype(np.int16), scan.first.affine)
         return np.asanyarray(nib.as_closest_canonical(image).dataobj)
 
     return comparison_figure(

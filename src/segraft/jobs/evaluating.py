@@ -5,16 +5,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 
 from segraft.data.checks import check_cases, load_case
 from segraft.data.cohort import Case, Cohort
+from segraft.data.labels import Labels
 from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
-from segraft.evaluation.results import CaseResult, evaluate_case, save_results
+from segraft.evaluation.results import CaseResult, evaluate_planes, save_results
 from segraft.jobs.cases import choose, read_cohort
-from segraft.jobs.model import Model, load_model
+from segraft.jobs.model import Model, Segmentation, load_model
+from segraft.jobs.preparing import takes_missing_channels
 from segraft.jobs.run_folder import versions
 from segraft.jobs.watching import watched
 from segraft.networks.heads import same_name
@@ -55,7 +56,7 @@ def evaluate(
         out: folder for `evaluation.csv` and `evaluation.json`; None means beside the model's file.
         labels: the cohort's labels that the model's outputs stand for, in order; or fewer, of the same names as some
             of its outputs. None means those of the same value, or where these have other names, or are not all there,
-            those of the same name.
+            those of the same name. Where they are regions, those of the same names, or else the model's own.
         cases: patients to draw, or ids of cases; None means all that may serve.
         seed: of that draw.
         base: where the base is, if it is no longer where it was.
@@ -82,11 +83,12 @@ def evaluate(
         purpose="to evaluate on",
         console=console,
     )
-    check_cases(chosen.cases, cohort, asked, each_present=False, watch=watched("checking scans", console))
+    checking = watched("checking scans", console)
+    complete = not takes_missing_channels(model.net)
+    check_cases(chosen.cases, cohort, asked, each_present=False, complete=complete, watch=checking)
     results: list[CaseResult] = []
     for case in watched("evaluating", console)(chosen.cases):
-        prediction, _ = model.segment(case.image, device=device, precision=precision)
-        results += measure(case, prediction, asked)
+        results += measure(case, model.segment(case, device=device, precision=precision), asked)
     record = {
         "model": str(model.source.name),
         "dataset": cohort.name,
@@ -107,7 +109,10 @@ def on_cohort(model: Model, cohort: Cohort, labels: Sequence[str]) -> tuple[Mode
     if labels:
         asked = cohort.select_labels(labels)
         return (replace(model, labels=asked) if len(asked) == len(model.labels) else _by_name(model, asked)), ()
-    theirs = {same_name(name): value for value, name in cohort.labels.items()}
+    known = Labels.of(cohort.labels)
+    theirs = {same_name(name): value for value, name in known.items()}
+    if model.labels.regions or known.regions:
+        return _regions_on(model, cohort, theirs), ()
     shared = {value: theirs[same_name(name)] for value, name in model.labels.items() if same_name(name) in theirs}
     by_value = set(model.labels) <= set(cohort.labels) and all(value == other for value, other in shared.items())
     if by_value or not shared:
@@ -115,10 +120,23 @@ def on_cohort(model: Model, cohort: Cohort, labels: Sequence[str]) -> tuple[Mode
         return replace(model, labels=asked), ()
     absent = [name for value, name in model.labels.items() if value not in shared]
     note = f"labels of {model.source.name} that {cohort.name} does not have are left out: {', '.join(absent)}."
-    return _by_name(model, {value: cohort.labels[value] for value in shared.values()}), (note,) if absent else ()
+    return _by_name(model, Labels({value: known[value] for value in shared.values()})), (note,) if absent else ()
 
 
-def _by_name(model: Model, asked: Mapping[int, str]) -> Model:
+def _regions_on(model: Model, cohort: Cohort, theirs: Mapping[str, int]) -> Model:
+    """The model with the cohort's regions of the same names, or with its own, which are of values in masks."""
+    named = [theirs.get(same_name(name)) for name in model.labels.values()]
+    if None not in named and Labels.of(cohort.labels).regions:
+        return replace(model, labels=cohort.select_labels([str(value) for value in named]))
+    if model.labels.regions and set(model.labels.values_covered) <= set(cohort.values):
+        return model
+    raise SegraftError(
+        f"{model.source} segments {', '.join(model.labels.values())}, which the masks of {cohort.path} do not tell "
+        f"apart ({', '.join(cohort.labels.values())}): say which labels or regions there they stand for, with --labels."
+    )
+
+
+def _by_name(model: Model, asked: Labels) -> Model:
     """The model with only the outputs of the names asked for."""
     places = {same_name(name): place for place, name in enumerate(model.labels.values())}
     unknown = [name for name in asked.values() if same_name(name) not in places]
@@ -130,9 +148,8 @@ def _by_name(model: Model, asked: Mapping[int, str]) -> Model:
     return model.pick(asked, [places[same_name(name)] for name in asked.values()])
 
 
-def measure(case: Case, prediction: NDArray[np.int64], labels: Mapping[int, str]) -> list[CaseResult]:
-    """Hold a label map on the scan's own grid against the case's label, of which only `labels` count."""
-    image, label = load_case(case, labels)
+def measure(case: Case, found: Segmentation, labels: Labels) -> list[CaseResult]:
+    """Hold what was found in a case against its label, of which only `labels` count."""
+    scan, label = load_case(case, labels)
     truth = np.asanyarray(label.dataobj)
-    kept = np.where(np.isin(truth, list(labels)), truth, 0).astype(np.int64)
-    return evaluate_case(case.id, prediction, kept, labels, image.affine)
+    return evaluate_planes(case.id, found.plane, lambda value: labels.plane(truth, value), labels, scan.first.affine)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,12 +13,16 @@ from torch import nn
 
 from segraft import adapters
 from segraft.adapters import AdapterHeader, read_header
-from segraft.data.preparation import Preparation, prepare_image, to_input_grid
-from segraft.data.scans import load_scan
+from segraft.data.channels import Files, Scan, numbered, plain
+from segraft.data.checks import check_scan, require_channels
+from segraft.data.cohort import Case
+from segraft.data.labels import Labels
+from segraft.data.preparation import Preparation, prepare_scan, to_input_grid
 from segraft.errors import SegraftError
 from segraft.inference import label_map, sliding_probability
 from segraft.jobs.cases import Served
 from segraft.jobs.locating import file_in, holds_base
+from segraft.jobs.preparing import require_same_channels, takes_missing_channels
 from segraft.networks import NETWORKS, Base, Loaded, build, load_base, load_checkpoint
 from segraft.networks.bases import FILE_NAME
 from segraft.networks.heads import START_SEED, Outputs, PickedOutputs, take_outputs
@@ -27,35 +30,80 @@ from segraft.training.fit import check_device, check_precision
 
 
 @dataclass(frozen=True)
+class Segmentation:
+    """What a network found in a scan, on the grid of the scan's first channel.
+
+    Attributes:
+        mask: label map [X, Y, Z]; where regions overlap, the one that is painted last.
+        scan: as it was read.
+        regions: where labels are regions: value -> where it is, [X, Y, Z].
+    """
+
+    mask: NDArray[np.int64]
+    scan: Scan
+    regions: dict[int, NDArray[np.bool_]]
+
+    def plane(self, value: int) -> NDArray[np.bool_]:
+        """Where a label or region is."""
+        return self.regions[value] if self.regions else self.mask == value
+
+
+@dataclass(frozen=True)
 class Model:
     """A plain network with what it needs to segment a scan.
 
     Attributes:
-        net: in evaluation mode, adapters merged.
-        labels: value -> name, in the order of the network's outputs.
+        net: in evaluation mode, adapters merged where they can be.
+        labels: in the order of the network's outputs.
         preparation: of the scans.
         adapted_on: images that trained the adapter.
         pretrained_on: images that trained the base.
         source: the file it came from.
+        channels: names of the image's channels, in order; of a single one perhaps empty.
     """
 
     net: nn.Module
-    labels: dict[int, str]
+    labels: Labels
     preparation: Preparation
     adapted_on: Served
     pretrained_on: Served
     source: Path
+    channels: tuple[str, ...] = ("",)
 
-    def segment(
-        self, scan: Path, *, device: str = "cpu", precision: str = "32"
-    ) -> tuple[NDArray[np.int64], nib.Nifti1Image]:
-        """The label map of a scan, on the scan's own grid, and the scan.
+    def case(self, name: str, files: Files) -> Case:
+        """A scan of no cohort: a file per channel in the network's order, None where it is missing, or one 4D file."""
+        return Case(name, name, tuple(files), None, channels=self.channels if len(self.channels) > 1 else ())
+
+    def read(self, case: Case) -> Scan:
+        """The scan of a case, with the channels that the network takes, in its order.
+
+        Channels go by their names, or, where the case or the network has none, by their places.
 
         Raises:
-            SegraftError: the scan is not usable, or the network's output on it is not finite.
+            SegraftError: the scan is not usable, has other channels, or lacks one that the network needs.
         """
-        image = prepare_image(scan, self.preparation)
-        original = load_scan(scan)
+        require_same_channels(len(self.channels), case.channels or ("",) * len(case.images), str(self.source), case.id)
+        scan = check_scan(case)
+        if len(self.channels) > 1 and numbered(len(self.channels)) not in (scan.names, self.channels):
+            theirs, ours = {plain(name): name for name in scan.names}, [plain(name) for name in self.channels]
+            if theirs.keys() != set(ours):
+                raise SegraftError(
+                    f"{self.source} takes the channels {', '.join(self.channels)}, and {scan.who} has "
+                    f"{', '.join(scan.names)}: name them as the network does, if they are the same."
+                )
+            scan = scan.in_order([theirs[name] for name in ours])
+        if not takes_missing_channels(self.net):
+            require_channels(scan)
+        return scan
+
+    def segment(self, case: Case | Path, *, device: str = "cpu", precision: str = "32") -> Segmentation:
+        """The labels of a case's scan, or of a scan in one file, on the grid of its first channel.
+
+        Raises:
+            SegraftError: what `read` refuses, or the network's output on it is not finite.
+        """
+        scan = self.read(case if isinstance(case, Case) else self.case(case.name, (case,)))
+        image = prepare_scan(scan, self.preparation)
         where = resolve_device(device)
         check_precision(where, precision)
         probability = sliding_probability(
@@ -66,12 +114,15 @@ class Model:
             device=where,
             precision=precision,
         )
-        on_grid = to_input_grid(probability, image.affine, original)
-        return label_map(on_grid, tuple(self.labels)).numpy(), original
+        on_grid = to_input_grid(probability, image.affine, scan.first)
+        if not self.labels.regions:
+            return Segmentation(label_map(on_grid, tuple(self.labels)).numpy(), scan, {})
+        planes = {value: plane.numpy() for value, plane in zip(self.labels, on_grid >= 0.5, strict=True)}
+        return Segmentation(self.labels.painted(planes), scan, planes)
 
     def pick(self, labels: Mapping[int, str], places: Sequence[int]) -> "Model":
         """The same model, of which only the outputs at `places` are looked at, for these labels."""
-        return replace(self, net=PickedOutputs(self.net, places).eval(), labels=dict(labels))
+        return replace(self, net=PickedOutputs(self.net, places).eval(), labels=Labels.of(labels))
 
 
 def resolve_device(device: str) -> str:
@@ -112,14 +163,18 @@ def load_model(
             )
         if "preparation" not in record and preparation is not None:
             record["preparation"] = preparation.model_dump(mode="json")
-        return _model(net, path, record, adapted_on=Served(), pretrained_on=Served.of(record))
+        channels = info.arguments["in_channels"]
+        return _model(net, path, record, channels, adapted_on=Served(), pretrained_on=Served.of(record))
     if holds_base(path):
         raise SegraftError(f"{path} is a base, not an adapter: give the adapter file, or name the base {FILE_NAME}.")
     header = read_header(path)
     net, pretrained_on = load_base_of(header, base)
     adapters.load(net, path)
-    adapters.merge(net, reversible=False)
-    return _model(net, path, header.record, adapted_on=Served.of(header.record), pretrained_on=pretrained_on)
+    if header.spec.channels == 1:  # else there is not one weight to merge into
+        adapters.merge(net, reversible=False)
+    channels = header.record["base"]["arguments"].get("in_channels", 1)
+    adapted_on = Served.of(header.record)
+    return _model(net, path, header.record, channels, adapted_on=adapted_on, pretrained_on=pretrained_on)
 
 
 def load_base_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> tuple[nn.Module, Served]:
@@ -187,12 +242,17 @@ def named_as_loaded(network: str, arguments: Mapping[str, Any], loaded: Loaded) 
     return PATH, {**known, **arguments}
 
 
-def task_record(labels: Mapping[int, str], preparation: Preparation) -> dict[str, Any]:
+def task_record(labels: Labels, preparation: Preparation, channels: Sequence[str] = ("",)) -> dict[str, Any]:
     """The part of a file's record that says what the network segments, and on what images."""
-    return {
+    record: dict[str, Any] = {
         "labels": {str(value): name for value, name in labels.items()},
         "preparation": preparation.model_dump(mode="json"),
     }
+    if labels.regions:
+        record["regions"] = {str(value): list(covers) for value, covers in labels.regions.items()}
+    if len(channels) > 1:
+        record["channels"] = list(channels)
+    return record
 
 
 def _untrained(record: Mapping[str, Any]) -> list[str]:
@@ -206,12 +266,14 @@ def _model(
     net: nn.Module,
     path: Path,
     record: Mapping[str, Any],
+    channels: int,
     *,
     adapted_on: Served,
     pretrained_on: Served,
 ) -> Model:
     try:
-        labels = {int(value): str(name) for value, name in record["labels"].items()}
+        covers = {int(value): tuple(map(int, values)) for value, values in record.get("regions", {}).items()}
+        labels = Labels({int(value): str(name) for value, name in record["labels"].items()}, covers)
         if "imported" in record and "preparation" not in record:
             raise SegraftError(
                 f"{path} holds weights from elsewhere and does not say how scans are prepared for them: adapt it, or "
@@ -224,4 +286,5 @@ def _model(
             "`segraft pretrain` or `segraft adapt`."
         ) from error
     preparation = Preparation.from_record(recorded, path)
-    return Model(net.eval(), labels, preparation, adapted_on, pretrained_on, path)
+    names = tuple(record.get("channels") or (numbered(channels) if channels > 1 else ("",)))
+    return Model(net.eval(), labels, preparation, adapted_on, pretrained_on, path, names)

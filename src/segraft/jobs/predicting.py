@@ -1,13 +1,15 @@
 """Segmenting scans."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from segraft.data.channel_files import grouped, scan_name
+from segraft.data.channels import plain
 from segraft.data.nifti import list_scans, write_mask
-from segraft.data.preparation import prepare_image
+from segraft.data.preparation import prepare_scan
 from segraft.data.scans import mask_name
 from segraft.errors import SegraftError
 from segraft.evaluation.metrics import spacing_of, volume_ml
@@ -17,7 +19,7 @@ from segraft.jobs.watching import watched
 
 @dataclass(frozen=True)
 class Predicted:
-    """One scan's result: the mask's file and the volume of each label in mL."""
+    """One scan's result: its (first) file, the mask's file and the volume of each label in mL."""
 
     scan: Path
     mask: Path
@@ -29,56 +31,102 @@ def predict(
     scans: Sequence[str | Path],
     out: str | Path,
     *,
+    channels: Mapping[str, str | Path] | None = None,
     base: str | Path | None = None,
     device: str = "auto",
     precision: str = "32",
     console: Console | None = None,
 ) -> list[Predicted]:
-    """Segment scans and write their masks, each on its scan's own grid, affine and orientation.
+    """Segment scans and write their masks, each on the grid, affine and orientation of its scan's first channel.
+
+    Where the network takes several channels, a scan is one file whose last axis is the channel, or numbered files
+    (`case_0000.nii.gz`, `case_0001.nii.gz`, …) of one folder, of which the first is enough, or `channels`.
 
     Args:
         model: an adapter file, a base, or a loaded model.
         scans: NIfTI files, folders of a DICOM series, or folders of these.
         out: the mask's file for one scan file; a folder (masks are named as their scans) for several or a folder.
+        channels: of one scan, in place of `scans`: the channel's name -> its file or folder of a DICOM series.
         base: where the base is, if it is no longer where it was when the adapter was trained.
         device: `auto`, `cpu`, `cuda`, `mps`.
         precision: `32`, `bf16`, `16`.
         console: for progress; None is silent.
 
     Raises:
-        SegraftError: a scan is not usable; two scans would have the same mask file; see also `load_model`.
+        SegraftError: a scan is not usable or lacks a channel that the network needs; two scans would have the same mask
+            file; see also `load_model`.
     """
-    out = Path(out)
-    paths = list_scans([Path(scan) for scan in scans])
-    masks = _mask_paths(paths, out, single=paths == [Path(scan) for scan in scans][:1])
+    if bool(scans) == bool(channels):
+        raise SegraftError("there is nothing to segment, or too much: give scans, or the channels of one scan.")
+    given = [Path(scan) for scan in scans]
+    paths = list_scans(given)
     if not isinstance(model, Model):
         model = load_model(model, base=base)
+    files = [_named(model, channels)] if channels else _files(model, paths)
+    masks = _mask_paths(files, Path(out), single=len(files) == 1 and paths == given)
+    several = model.channels if len(model.channels) > 1 else ()
+    names = [scan_name([None if file is None else str(file) for file in each], several) for each in files]
+    cases = [model.case(name, each) for name, each in zip(names, files, strict=True)]
     # All of them before any is segmented, so that a bad one leaves no part of the masks.
-    for path in watched("checking scans", console)(paths):
-        prepare_image(path, model.preparation)
+    for case in watched("checking scans", console)(cases):
+        prepare_scan(model.read(case), model.preparation)
     results = []
-    for scan, mask_path in watched("segmenting", console)(list(zip(paths, masks, strict=True))):
-        mask, image = model.segment(scan, device=device, precision=precision)
-        write_mask(mask, image, mask_path)
-        spacing = spacing_of(image.affine)
-        volumes = {name: volume_ml(mask == value, spacing) for value, name in model.labels.items()}
-        results.append(Predicted(scan, mask_path, volumes))
+    for case, mask_path in watched("segmenting", console)(list(zip(cases, masks, strict=True))):
+        found = model.segment(case, device=device, precision=precision)
+        write_mask(found.mask, found.scan.first, mask_path)
+        spacing = spacing_of(found.scan.first.affine)
+        volumes = {name: volume_ml(found.plane(value), spacing) for value, name in model.labels.items()}
+        results.append(Predicted(case.image, mask_path, volumes))
     return results
 
 
-def _mask_paths(scans: Sequence[Path], out: Path, *, single: bool) -> list[Path]:
+def _files(model: Model, paths: Sequence[Path]) -> list[tuple[Path | None, ...]]:
+    """The files of each scan."""
+    if len(model.channels) == 1:
+        return [(path,) for path in paths]
+    return grouped(paths, len(model.channels))
+
+
+def _named(model: Model, channels: Mapping[str, str | Path]) -> tuple[Path | None, ...]:
+    """The files of one scan, whose channels are named, in the order of the network's."""
+    if len(model.channels) == 1:
+        raise SegraftError(f"{model.source} takes scans of one channel: give the file as a scan, without its channel.")
+    named = {plain(name): Path(path) for name, path in channels.items()}
+    known = [plain(name) for name in model.channels]
+    unknown = [name for name in channels if plain(name) not in known]
+    if unknown or len(named) < len(channels):
+        raise SegraftError(
+            f"{model.source} takes each of the channels {', '.join(model.channels)} once, and {', '.join(channels)} "
+            "were given: name its channels."
+        )
+    for path in named.values():
+        if not path.exists():
+            raise SegraftError(f"{path} does not exist: give the file of that channel.")
+    return tuple(named.get(name) for name in known)
+
+
+def _mask_paths(files: Sequence[tuple[Path | None, ...]], out: Path, *, single: bool) -> list[Path]:
     is_file = out.name.endswith((".nii", ".nii.gz"))
     if is_file and not single:
-        raise SegraftError(f"{len(scans)} scans need a folder to write to, but {out} is a file name.")
+        raise SegraftError(f"{len(files)} scans need a folder to write to, but {out} is a file name.")
     if single and not is_file and out.suffix and not out.is_dir():
         raise SegraftError(f"{out} is no NIfTI name: let the mask end in .nii.gz, or name a folder.")
-    masks = [out] if is_file else [out / mask_name(scan) for scan in scans]
-    for scan, mask in zip(scans, masks, strict=True):
-        if mask.resolve() == scan.resolve():
-            raise SegraftError(f"the mask would replace its scan {scan}: choose another output path.")
+    masks = [out] if is_file else [out / _mask_name(each) for each in files]
+    for each, mask in zip(files, masks, strict=True):
+        for scan in filter(None, each):
+            if mask.resolve() == scan.resolve():
+                raise SegraftError(f"the mask would replace its scan {scan}: choose another output path.")
     twice = {mask for mask in masks if masks.count(mask) > 1}
     if twice:
         raise SegraftError(
             f"several scans are named {min(twice).name}, so their masks would collide: segment them apart."
         )
     return masks
+
+
+def _mask_name(files: tuple[Path | None, ...]) -> str:
+    """As the scan is called."""
+    there = [file for file in files if file is not None]
+    if len(files) == 1:
+        return mask_name(there[0])
+    return f"{scan_name([None if file is None else file.as_posix() for file in files], ())}.nii.gz"

@@ -18,7 +18,7 @@ from segraft.atomic import replacing
 from segraft.data.checks import load_case
 from segraft.data.cohort import Case, Cohort
 from segraft.data.head import Grid, level_head
-from segraft.data.preparation import Preparation, Window, prepare_scan
+from segraft.data.preparation import Percentiles, Preparation, Window, prepare_scan
 from segraft.errors import SegraftError
 from segraft.evaluation.figures import COLOURS, DPI
 from segraft.evaluation.view import displayed_range
@@ -37,12 +37,14 @@ class Step:
         image: intensities [X, Y, Z].
         label: its label on the same grid.
         unit: "as stored", "HU" of a head CT, "0…1" after scaling.
+        shown: the intensities that are drawn black and white.
     """
 
     name: str
     image: nib.Nifti1Image
     label: nib.Nifti1Image
     unit: str
+    shown: tuple[float, float]
 
     @property
     def voxel_mm(self) -> tuple[float, ...]:
@@ -79,6 +81,8 @@ def show_preparation(
 ) -> PreparationView:
     """Draw every step of a case's preparation: axial above, coronal below, both in mm, with the label's outline.
 
+    Of several channels, each as it was read, then each as it is prepared.
+
     Args:
         data: `dataset.json`, or its folder.
         out: the picture, a `.png` file.
@@ -96,28 +100,45 @@ def show_preparation(
     cohort = Cohort.read(data, patient_pattern=patient_pattern)
     chosen = _chosen(cohort, case)
     settled = preparation if isinstance(preparation, Preparation) else checked(dict(preparation or {}))
-    scan, label = load_case(chosen, cohort.select_labels(labels))
-    steps = [_step("as read", scan, label, "as stored")]
+    asked = cohort.select_labels(labels)
+    scan, label = load_case(chosen, asked)
+    if asked.regions:
+        painted = asked.map_of(np.asanyarray(label.dataobj)).astype(np.int32)
+        label = nib.Nifti1Image(painted, label.affine)
+    there = [place for place, channel in enumerate(scan.channels) if channel is not None]
+    prefix = {place: f"{scan.names[place]}: " if len(scan.channels) > 1 else "" for place in there}
+    ready = prepare_scan(scan, settled)
+    intensities = settled.intensities(len(scan.channels))
+    ranges = {place: _displayed(scan.channels[place], intensities[place]) for place in there}
+    steps = [
+        _step(f"{prefix[place]}as read", scan.channels[place], label, "as stored", ranges[place]) for place in there
+    ]
     view = PreparationView(out, chosen.id, steps)
     note = "Outlined: the labels."
+    if scan.missing:
+        note = f"Missing: {', '.join(scan.missing)}. {note}"
     if settled.head:
-        levelling = level_head(scan)
+        levelling = level_head(scan.first)
         for name, grid in (("levelled", levelling.turned), ("neck removed, cropped or padded", levelling.grid)):
-            steps.append(_step(name, grid.sample(scan), label, "HU"))
+            steps.append(_step(name, grid.sample(scan.first), label, "HU", ranges[0]))
         view = replace(view, yaw=levelling.yaw, roll=levelling.roll, neck_slices=levelling.neck_slices)
         note = (
             f"The head had turned by {levelling.yaw:.1f}° (yaw) and leaned by {levelling.roll:.1f}° (roll); "
             f"{levelling.neck_slices} slices of neck removed. {note}"
         )
-    ready = prepare_scan(scan, chosen.image, settled)
-    final = nib.Nifti1Image(ready.as_tensor()[0].numpy(), np.asarray(ready.affine, dtype=np.float64))
-    steps.append(_step("scaled", final, label, "0…1"))
-    window = (settled.intensity.low, settled.intensity.high) if isinstance(settled.intensity, Window) else None
-    display = displayed_range(scan.get_fdata(dtype=np.float32), window)
+    affine = np.asarray(ready.affine, dtype=np.float64)
+    for place in there:
+        final = nib.Nifti1Image(ready.as_tensor()[place].numpy(), affine)
+        steps.append(_step(f"{prefix[place]}scaled", final, label, "0…1", (0.0, 1.0)))
     with replacing(out) as aside:
-        figure = _draw(steps, f"{chosen.id}: preparation", note, display)
+        figure = _draw(steps, f"{chosen.id}: preparation", note)
         figure.savefig(aside, format="png", metadata={"Software": None})
     return view
+
+
+def _displayed(channel: nib.Nifti1Image, intensity: Window | Percentiles) -> tuple[float, float]:
+    window = (intensity.low, intensity.high) if isinstance(intensity, Window) else None
+    return displayed_range(channel.get_fdata(dtype=np.float32), window)
 
 
 def _chosen(cohort: Cohort, case: str | None) -> Case:
@@ -130,14 +151,14 @@ def _chosen(cohort: Cohort, case: str | None) -> Case:
     raise SegraftError(f'{cohort.path} has no case "{case}": choose one such as {known}.')
 
 
-def _step(name: str, image: nib.Nifti1Image, label: nib.Nifti1Image, unit: str) -> Step:
+def _step(name: str, image: nib.Nifti1Image, label: nib.Nifti1Image, unit: str, shown: tuple[float, float]) -> Step:
     upright = nib.as_closest_canonical(image)
     moved = Grid(upright.shape, upright.affine).sample(label, mode="nearest").get_fdata(dtype=np.float32)
     values = np.rint(np.maximum(moved, 0)).astype(np.int32)  # outside of its grid it is as low as air
-    return Step(name, upright, nib.Nifti1Image(values, upright.affine), unit)
+    return Step(name, upright, nib.Nifti1Image(values, upright.affine), unit, shown)
 
 
-def _draw(steps: Sequence[Step], title: str, note: str, display: tuple[float, float]) -> Figure:
+def _draw(steps: Sequence[Step], title: str, note: str) -> Figure:
     """One column per step, an axial slice above a coronal one, each panel the whole grid with a bar of 50 mm."""
     place = _middle_of_label(steps[0])
     sizes = [np.array(step.image.shape) * voxel_sizes(step.image.affine) for step in steps]
@@ -153,21 +174,18 @@ def _draw(steps: Sequence[Step], title: str, note: str, display: tuple[float, fl
         x = _EDGE_IN + column * (_PANEL_IN + _GAP_IN)
         voxel = np.rint(apply_affine(np.linalg.inv(step.image.affine), place)).astype(int)
         at = [int(each) for each in np.clip(voxel, 0, np.array(step.image.shape) - 1)]
-        shown = (0.0, 1.0) if step.unit == "0…1" else display
-        text = f"{step.name}\n{step.size}\n{step.unit}, black {shown[0]:.4g}, white {shown[1]:.4g}"
+        text = f"{step.name}\n{step.size}\n{step.unit}, black {step.shown[0]:.4g}, white {step.shown[1]:.4g}"
         top = 1 - (_EDGE_IN + _HEAD_IN) / height
         figure.text(x / width, top, text, va="top", fontsize=7.5, color=_INK, linespacing=1.35, parse_math=False)
         above = _EDGE_IN + _HEAD_IN + _TITLE_IN
         for axis, tall in zip((1, 2), heights, strict=True):
             box = (x / width, 1 - (above + tall) / height, _PANEL_IN / width, tall / height)
-            _panel(figure.add_axes(box), step, size, axis, at, shown)
+            _panel(figure.add_axes(box), step, size, axis, at)
             above += tall + _GAP_IN
     return figure
 
 
-def _panel(
-    ax: Axes, step: Step, size: NDArray[np.float64], axis: int, at: Sequence[int], shown: tuple[float, float]
-) -> None:
+def _panel(ax: Axes, step: Step, size: NDArray[np.float64], axis: int, at: Sequence[int]) -> None:
     """The plane of X and `axis` through voxel `at`, the patient's right on the left."""
     cut = 3 - axis
 
@@ -177,7 +195,7 @@ def _panel(
 
     wide, tall = float(size[0]), float(size[axis])
     pixels, labels = plane(step.image), np.pad(plane(step.label), 1)
-    ax.imshow(pixels, cmap="gray", vmin=shown[0], vmax=shown[1], origin="lower", extent=(0, wide, 0, tall))
+    ax.imshow(pixels, cmap="gray", vmin=step.shown[0], vmax=step.shown[1], origin="lower", extent=(0, wide, 0, tall))
     columns, rows = (
         (np.arange(count) - 0.5) * edge
         for count, edge in zip(labels.shape[::-1], (wide / pixels.shape[1], tall / pixels.shape[0]), strict=True)

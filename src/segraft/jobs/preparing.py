@@ -8,11 +8,12 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from segraft.data.channels import plain
 from segraft.data.cohort import Case
 from segraft.data.head import HEAD_SIZE
 from segraft.data.preparation import Preparation
-from segraft.data.scans import load_scan
 from segraft.errors import SegraftError
+from segraft.networks.heads import PickedOutputs
 from segraft.networks.registry import size_multiple, spatial_dims
 
 LARGEST_3D, LARGEST_2D = 96, 512
@@ -30,8 +31,8 @@ def settle_preparation(
         given: the user's: whole, or only the fields that are to differ from the base's (or from the defaults).
         inherited: what the base was trained with.
         net: for its dimensions and the sizes it takes.
-        cases: for the patch size where neither says one: their median size, at most 96 voxels along each axis in 3D
-            and 512 in 2D, rounded up to what the network takes.
+        cases: for the patch size where neither says one, nor the network by its `image_size`: their median size, at
+            most 96 voxels along each axis in 3D and 512 in 2D, rounded up to what the network takes.
 
     Raises:
         SegraftError: a value that does not fit.
@@ -57,13 +58,14 @@ def checked(fields: Mapping[str, Any]) -> Preparation:
         raise SegraftError(f"preparation {name} = {first['input']!r}: {first['msg']}.") from error
 
 
-def check_network(net: nn.Module, patch: tuple[int, int, int], labels: int) -> None:
+def check_network(net: nn.Module, patch: tuple[int, int, int], labels: int, channels: int = 1) -> None:
     """Run the network once on an empty patch, before anything is written.
 
     Args:
         net: the network, left as it was.
         patch: voxels along X, Y, Z; with 1 in Z the network is given a slice.
         labels: how many logits it must give.
+        channels: of the patch.
 
     Raises:
         SegraftError: it does not take the patch, or does not return one logit per label on the patch's grid.
@@ -73,14 +75,14 @@ def check_network(net: nn.Module, patch: tuple[int, int, int], labels: int) -> N
     training = net.training
     try:
         with torch.no_grad():
-            logits = net.eval()(torch.zeros(1, 1, *sizes))
+            logits = net.eval()(torch.zeros(1, channels, *sizes))
     except SegraftError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SegraftError(
-            f"{name} does not take patches of {shown} voxels with one channel ({reason}): choose another --patch, or "
-            "other arguments of the network."
+            f"{name} does not take patches of {shown} voxels with {_counted(channels)} ({reason}): choose another "
+            "--patch, or other arguments of the network."
         ) from error
     finally:
         net.train(training)
@@ -92,12 +94,60 @@ def check_network(net: nn.Module, patch: tuple[int, int, int], labels: int) -> N
         )
 
 
+def takes_missing_channels(net: nn.Module) -> bool:
+    """Whether a network may be given channels that are NaN throughout, as it says by an attribute of this name."""
+    inner = net.net if isinstance(net, PickedOutputs) else net
+    return bool(getattr(inner, "takes_missing_channels", False))
+
+
+def require_same_channels(takes: int, channels: Sequence[str], who: str, whose: str) -> None:
+    """Refuse a network that takes another number of channels than there are.
+
+    Args:
+        takes: how many the network takes.
+        channels: names of those that there are.
+        who: the network, for the message.
+        whose: what has the channels.
+
+    Raises:
+        SegraftError: naming both.
+    """
+    if takes != len(channels):
+        shown = f" ({', '.join(channels)})" if any(channels) else ""
+        raise SegraftError(
+            f"{who} takes images of {_counted(takes)}, and those of {whose} have {_counted(len(channels))}{shown}: "
+            "choose a network of as many, or list as many channels there."
+        )
+
+
+def require_same_order(known: Sequence[str], channels: Sequence[str], who: str, whose: str) -> None:
+    """Refuse channels that are those that a network was trained on, in another order.
+
+    Raises:
+        SegraftError: naming both.
+    """
+    theirs, ours = [plain(name) for name in known], [plain(name) for name in channels]
+    if theirs != ours and sorted(theirs) == sorted(ours):
+        raise SegraftError(
+            f"{who} was trained on the channels {', '.join(known)}, which {whose} has in the order "
+            f"{', '.join(channels)}: list them in the first order there."
+        )
+
+
+def _counted(channels: int) -> str:
+    return "1 channel" if channels == 1 else f"{channels} channels"
+
+
 def _patch(preparation: Preparation, net: nn.Module, cases: Sequence[Case]) -> tuple[int, int, int]:
+    fixed = getattr(net, "image_size", None)  # of networks that take no other
+    if fixed is not None:
+        across, along, *through = fixed
+        return int(across), int(along), int(through[0]) if through else 1
     from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
     sizes = []
     for case in cases[:50]:
-        scan = load_scan(case.image)
+        scan = case.load().first
         wanted = axcodes2ornt(tuple(preparation.orientation))
         order = ornt_transform(wanted, io_orientation(scan.affine))[:, 0].astype(int)
         mm = np.linalg.norm(scan.affine[:3, :3], axis=0)[order]

@@ -13,6 +13,7 @@ from segraft.data.cohort import Cohort
 from segraft.data.preparation import Preparation
 from segraft.jobs.cases import choose
 from segraft.jobs.model import build_from, named_as_loaded
+from segraft.jobs.preparing import require_same_channels
 from segraft.jobs.run_folder import RunFolder, versions
 from segraft.jobs.training_set import training_set
 from segraft.networks import load_checkpoint, save_base
@@ -85,7 +86,8 @@ def pretrain(
     folder = RunFolder(Path(out), FILE_NAME, resume=resume, overwrite=overwrite, writes=team.first)
     cohort = Cohort.read(data, patient_pattern=patient_pattern)
     asked = cohort.select_labels(labels)
-    arguments = {"in_channels": 1, "out_channels": len(asked), **(network_arguments or {})}
+    arguments = {"in_channels": len(cohort.channels), "out_channels": len(asked), **(network_arguments or {})}
+    require_same_channels(arguments["in_channels"], cohort.channels, f"the network {network}", str(cohort.path))
     torch.manual_seed(settings.seed)
     net = build_from(network, arguments)
     notes: tuple[str, ...] = ()

@@ -9,10 +9,11 @@ from torch import nn
 
 from segraft.data.checks import check_cases
 from segraft.data.cohort import Case, Cohort
+from segraft.data.labels import Labels
 from segraft.data.patches import PatchSource
 from segraft.data.preparation import Preparation
 from segraft.jobs.model import task_record
-from segraft.jobs.preparing import check_network, settle_preparation
+from segraft.jobs.preparing import check_network, settle_preparation, takes_missing_channels
 from segraft.jobs.watching import watched
 from segraft.training.settings import TrainingSettings
 
@@ -33,7 +34,7 @@ class TrainingSet:
 def training_set(
     cohort: Cohort,
     cases: Sequence[Case],
-    labels: Mapping[int, str],
+    labels: Labels,
     *,
     net: nn.Module,
     preparation: Preparation | Mapping[str, Any] | None,
@@ -46,7 +47,7 @@ def training_set(
     Args:
         cohort: the cases are of.
         cases: to train on.
-        labels: value -> name, in the order of the network's outputs.
+        labels: in the order of the network's outputs.
         net: to be trained.
         preparation: as the user wants it; see `settle_preparation`.
         inherited: as the base was trained.
@@ -56,13 +57,14 @@ def training_set(
     Raises:
         SegraftError: what `check_cases`, `settle_preparation` or `check_network` refuses.
     """
-    check_cases(cases, cohort, labels, watch=watched("checking scans", console))
+    complete = not takes_missing_channels(net)
+    check_cases(cases, cohort, labels, complete=complete, watch=watched("checking scans", console))
     settled = settle_preparation(preparation, inherited, net, cases)
-    check_network(net, settled.patch, len(labels))
+    check_network(net, settled.patch, len(labels), len(cohort.channels))
     source = PatchSource(
         cases,
         settled,
-        list(labels),
+        labels,
         seed=settings.seed,
         patches_per_volume=settings.patches,
         foreground_fraction=settings.foreground,
@@ -71,7 +73,7 @@ def training_set(
         watch=watched("preparing scans", console),
     )
     digests = {case.id: case.digest() for case in watched("fingerprinting scans", console)(cases)}
-    task = task_record(labels, settled) | {
+    task = task_record(labels, settled, cohort.channels) | {
         "dataset": cohort.name,
         "patient_pattern": cohort.patient_pattern,
         "cases": digests,

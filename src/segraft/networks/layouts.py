@@ -78,8 +78,30 @@ classes cannot be told from the file, and a guess would put one organ's weights 
 
 
 @dataclass(frozen=True)
+class Encoder:
+    """What networks have in common that take weights of one kind.
+
+    Attributes:
+        key: of a tensor that they have.
+        cure: what to name where a network has none.
+    """
+
+    key: str
+    cure: str
+
+
+ENCODERS: dict[str, Encoder] = {
+    "SwinUNETR": Encoder("swinViT.patch_embed.proj.weight", "name the network swin_unetr"),
+    "ViT": Encoder(
+        "vit.patch_embedding.position_embeddings", "name the network unetr_channelwise or monai.networks.nets:UNETR"
+    ),
+}
+"""Kinds of encoders by name."""
+
+
+@dataclass(frozen=True)
 class Layout:
-    """One kind of checkpoint of a SwinUNETR, by keys without the prefixes of wrappers.
+    """One kind of checkpoint, by keys without the prefixes of wrappers.
 
     Attributes:
         name: for people.
@@ -89,6 +111,7 @@ class Layout:
         unused: group -> expression on keys (matched at their start) of tensors that the network has no place for.
         renames: (expression, replacement) that lead from its keys to MONAI's, in this order.
         outputs: names of the head's outputs, where they are known.
+        of: the kind of encoder that it is or has, a key of `ENCODERS`.
     """
 
     name: str
@@ -98,6 +121,12 @@ class Layout:
     unused: Mapping[str, str] = field(default_factory=dict)
     renames: tuple[tuple[str, str], ...] = ()
     outputs: tuple[str, ...] = ()
+    of: Literal["SwinUNETR", "ViT"] = "SwinUNETR"
+
+    @property
+    def encoder(self) -> Encoder:
+        """The kind of encoder."""
+        return ENCODERS[self.of]
 
     def fits(self, keys: Collection[str]) -> bool:
         """Whether a file with these keys is of this kind."""
@@ -173,8 +202,19 @@ LAYOUTS: tuple[Layout, ...] = (
             (r"\.mlp\.fc([12])\.", r".mlp.linear\1."),
         ),
     ),
+    # what `segraft pretrain --mae` writes
+    Layout(
+        "encoder of a masked auto-encoder",
+        "encoder",
+        of="ViT",
+        has=(r"vit\.patch_embedding\.position_embeddings", r"mae_decoder\.mask_token"),
+        unused={
+            "mae_decoder": r"mae_decoder\.",
+            "norms of a cross attention that is not there": r"vit\.blocks\.\d+\.norm_cross_attn\.",
+        },
+    ),
 )
-"""Kinds of checkpoints, of which the first that fits counts. All are of networks trained with MONAI before 1.5."""
+"""Kinds of checkpoints, of which the first that fits counts. Those of SwinUNETR were trained with MONAI before 1.5."""
 
 OWN = Layout("", "all", has=(), unused=_OLD_RESIDUALS)
 """The network's own state dict, under its own keys: MONAI's SwinUNETR for BTCV too. It must fit to the last tensor."""

@@ -35,6 +35,22 @@ NETWORKS: dict[str, NetworkEntry] = {
     "swin_unetr": NetworkEntry("monai.networks.nets.swin_unetr:SwinUNETR", {"feature_size": 48}),
     # the same as MONAI computed it before 1.5, for weights of that time
     "original_swin_unetr": NetworkEntry("segraft.networks.swin:OriginalSwinUNETR", {"feature_size": 48}),
+    # one encoder for one channel, for images of several (Dutta et al. 2025)
+    "unetr_channelwise": NetworkEntry("segraft.networks.channelwise_unetr:ChannelwiseUNETR"),
+    "swin_unetr_channelwise": NetworkEntry(
+        "segraft.networks.channelwise_swin:ChannelwiseSwinUNETR", {"feature_size": 48}
+    ),
+    "unet_channelwise": NetworkEntry("segraft.networks.channelwise_unet:ChannelwiseUNet"),
+    # masked auto-encoders, whose encoders are part of UNETR; sizes of Dosovitskiy et al. 2021 and Touvron et al. 2021
+    "vit_small": NetworkEntry(
+        "segraft.networks.mae:MaskedAutoencoder",
+        {"hidden_size": 384, "mlp_dim": 1536, "num_heads": 6, "decoder_layers": 4},
+    ),
+    "vit_base": NetworkEntry("segraft.networks.mae:MaskedAutoencoder"),
+    "vit_large": NetworkEntry(
+        "segraft.networks.mae:MaskedAutoencoder",
+        {"hidden_size": 1024, "mlp_dim": 4096, "num_layers": 24, "num_heads": 16},
+    ),
 }
 """To add a network, add one entry. Parts of third-party networks are in `FOREIGN_PARTS`."""
 

@@ -3,7 +3,7 @@
 import re
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from segraft.adapters import AdapterSpec
 from segraft.data.checks import check_cases
 from segraft.data.cohort import Case, Cohort
+from segraft.data.labels import Labels
 from segraft.data.levelling import kept_in
 from segraft.data.nifti import write_mask
 from segraft.errors import SegraftError
@@ -21,7 +22,7 @@ from segraft.jobs.evaluating import measure
 from segraft.jobs.importing import import_base
 from segraft.jobs.locating import ADAPTER_FILE
 from segraft.jobs.model import Model, load_model
-from segraft.jobs.preparing import settle_preparation
+from segraft.jobs.preparing import settle_preparation, takes_missing_channels
 from segraft.jobs.pretraining import pretrain
 from segraft.jobs.run_folder import versions
 from segraft.networks.bases import FILE_NAME
@@ -172,20 +173,20 @@ def _test(run: Run, base: Path, folder: Path) -> list[CaseResult]:
     cases = {case.id: case for case in cohort.cases}
     labels = cohort.select_labels([value for value, _ in run.identity["labels"]])
     tested = [cases[name] for name in run.test]
-    check_cases(tested, cohort, labels, each_present=False)
-    model = load_model(folder / ADAPTER_FILE) if run.train else _as_it_is(base, run, labels, tested)
+    model = load_model(folder / ADAPTER_FILE) if run.train else _as_it_is(base, run, labels, cohort, tested)
+    check_cases(tested, cohort, labels, each_present=False, complete=not takes_missing_channels(model.net))
     model = replace(model, labels=labels)
     results: list[CaseResult] = []
     for name in run.test:
-        mask, scan = model.segment(cases[name].image, device=run.identity["settings"]["device"])
-        results += measure(cases[name], mask, labels)
-        write_mask(mask, scan, folder / MASKS / f"{name}.nii.gz")
+        found = model.segment(cases[name], device=run.identity["settings"]["device"])
+        results += measure(cases[name], found, labels)
+        write_mask(found.mask, found.scan.first, folder / MASKS / f"{name}.nii.gz")
     return results
 
 
-def _as_it_is(base: Path, run: Run, labels: Mapping[int, str], cases: Sequence[Case]) -> Model:
+def _as_it_is(base: Path, run: Run, labels: Labels, cohort: Cohort, cases: Sequence[Case]) -> Model:
     """A base with the outputs that the labels take of it, as `adapt` would begin with."""
-    loaded = BaseSource(base).load(labels)
+    loaded = BaseSource(base).load(labels, cohort)
     if loaded.new:
         missing = ", ".join(list(labels.values())[place] for place in sorted(loaded.new))
         raise SegraftError(
@@ -193,4 +194,4 @@ def _as_it_is(base: Path, run: Run, labels: Mapping[int, str], cases: Sequence[C
             "the arm that trains nothing out."
         )
     preparation = settle_preparation(run.identity["preparation"], loaded.preparation, loaded.net, cases)
-    return Model(loaded.net.eval(), dict(labels), preparation, Served(), loaded.served, base / FILE_NAME)
+    return Model(loaded.net.eval(), labels, preparation, Served(), loaded.served, base / FILE_NAME, cohort.channels)

@@ -2,16 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from rich.console import Console
 
+from segraft.data.case import images_of
 from segraft.data.cohort import Case, Cohort
-from segraft.data.scans import load_scan
+from segraft.data.labels import Labels
 from segraft.data.splits import draw
 from segraft.errors import SegraftError
 from segraft.jobs.watching import watched
@@ -143,12 +144,13 @@ def _check_apart(cohort: Cohort, cases: Sequence[Case], digests: "_Digests") -> 
     """One scan under the names of two patients would be trained on and tested on."""
     patients: dict[str, str] = {}
     for case in digests.watched(cases):
-        other = patients.setdefault(digests.image(case), case.patient)
-        if other != case.patient:
-            raise SegraftError(
-                f"{cohort.path} has the same scan for the patients {other} and {case.patient} ({case.image}): keep "
-                "one, or give both the same patient."
-            )
+        for image in sorted(images_of(digests.image(case))):
+            other = patients.setdefault(image, case.patient)
+            if other != case.patient:
+                raise SegraftError(
+                    f"{cohort.path} has the same scan for the patients {other} and {case.patient} ({case.image}): keep "
+                    "one, or give both the same patient."
+                )
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ class _Target:
     """The cohort that the bases are adapted to."""
 
     cohort: Cohort
-    labels: Mapping[int, str]
+    labels: Labels
     digests: "_Digests"
 
     def run(self, study: Study, arms: Arms, arm: Arm, base: str, training: Training, device: str) -> Run:
@@ -167,7 +169,7 @@ class _Target:
             "kind": "adapt",
             "base": base,
             "spec": None if arm.trains_nothing else arm.spec().to_dict(),
-            "labels": _in_order(self.labels),
+            **_labels_of(self.cohort, self.labels),
             "preparation": study.preparation,
             "settings": {"device": device} if arm.trains_nothing else settings.model_dump(mode="json"),
             "train": self.digests.of_all(training.train, self.labels),
@@ -194,9 +196,10 @@ def _imported(base: Base) -> Run:
 
 def _pretrained(study: Study, base: Base, tested: Sequence[Case], device: str, digests: "_Digests") -> Run:
     """The pre-training of one base, on patients none of whose scans is in the study itself (`tested`)."""
-    taken, patients = {digests.image(case) for case in tested}, {case.patient for case in tested}
+    taken = {image for case in tested for image in images_of(digests.image(case))}
+    patients = {case.patient for case in tested}
     cohort = Cohort.read(_given(study, "pretrain_data"), patient_pattern=study.patient_pattern)
-    served = {case.patient for case in digests.watched(cohort.cases) if digests.image(case) in taken}
+    served = {case.patient for case in digests.watched(cohort.cases) if images_of(digests.image(case)) & taken}
     if cohort.path.parent == Path(study.data or "").parent:
         served |= patients  # two lists of one folder: other scans of the same patients
     free = [case for case in cohort.cases if case.patient not in served]
@@ -211,7 +214,7 @@ def _pretrained(study: Study, base: Base, tested: Sequence[Case], device: str, d
         "kind": "pretrain",
         "network": base.network,
         "arguments": base.arguments,
-        "labels": _in_order(labels),
+        **_labels_of(cohort, labels),
         "preparation": study.preparation,
         "settings": settings.model_dump(mode="json"),
         "train": digests.of_all(cases, labels),
@@ -223,9 +226,17 @@ def _on(device: str, settings: TrainingSettings) -> TrainingSettings:
     return check_settings(**{**settings.model_dump(), "device": device})
 
 
-def _in_order(labels: Mapping[int, str]) -> list[tuple[str, str]]:
-    """(value, name) as the network's outputs stand for them; a mapping would lose the order in the digest."""
-    return [(str(value), name) for value, name in labels.items()]
+def _labels_of(cohort: Cohort, labels: Labels) -> dict[str, Any]:
+    """How to ask the cohort for them and their names, as the network's outputs stand for them, and what regions cover.
+
+    In lists, as a mapping would lose the order in the digest.
+    """
+    found: dict[str, Any] = {
+        "labels": list(zip(labels.asked_of(Labels.of(cohort.labels)), labels.values(), strict=True))
+    }
+    if labels.regions:
+        found["regions"] = [(str(value), covers) for value, covers in labels.regions.items()]
+    return found
 
 
 class _Digests:
@@ -233,25 +244,26 @@ class _Digests:
 
     def __init__(self, console: Console | None) -> None:
         self.watched = watched("fingerprinting scans", console)
-        self._images: dict[Path, str] = {}
+        self._images: dict[tuple[Path | None, ...], str] = {}
         self._whole: dict[tuple[Case, tuple[int, ...]], str] = {}
 
     def image(self, case: Case) -> str:
-        """Of the voxels of its image."""
-        if case.image not in self._images:
-            self._images[case.image] = case.digest()
-        return self._images[case.image]
+        """Of the voxels of its image, as of `Case.digest`."""
+        if case.images not in self._images:
+            self._images[case.images] = case.digest()
+        return self._images[case.images]
 
-    def of_all(self, cases: Iterable[Case], labels: Mapping[int, str]) -> dict[str, str]:
+    def of_all(self, cases: Iterable[Case], labels: Labels) -> dict[str, str]:
         """Case -> digest of its image, where that lies in space, and its label, of which these are asked for."""
         return {case.id: self._of(case, labels) for case in cases}
 
-    def _of(self, case: Case, labels: Mapping[int, str]) -> str:
-        place = case, tuple(labels)
+    def _of(self, case: Case, labels: Labels) -> str:
+        place = case, labels.values_covered
         if place not in self._whole:
             label = case.label_digest(labels)
-            affine = np.asarray(load_scan(case.image).affine, dtype="<f8")
-            self._whole[place] = "-".join((self.image(case), _digest(affine.tobytes()), label))
+            there = [channel for channel in case.load().channels if channel is not None]
+            grids = b"".join(np.asarray(channel.affine, dtype="<f8").tobytes() for channel in there)
+            self._whole[place] = "-".join((self.image(case), _digest(grids), label))
         return self._whole[place]
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from segraft.atomic import replacing
 from segraft.data.checks import load_case
 from segraft.data.cohort import Case, Cohort
+from segraft.data.labels import Labels
 from segraft.data.nifti import load_nifti
 from segraft.errors import SegraftError
 from segraft.evaluation.figures import comparison_figure
@@ -174,23 +175,22 @@ def _mask(scores: Scores, shown: Shown, case: Case, out: Path) -> NDArray[Any]:
     return np.asanyarray(load_nifti(out / RUNS / str(run) / MASKS / f"{case.id}.nii.gz", what="mask").dataobj)
 
 
-def _picture(
-    case: Case, masks: Mapping[str, NDArray[Any]], labels: Mapping[int, str], preparation: Mapping[str, Any]
-) -> bytes:
+def _picture(case: Case, masks: Mapping[str, NDArray[Any]], labels: Labels, preparation: Mapping[str, Any]) -> bytes:
     """Image, truth and predictions, all turned to RAS."""
     scan, label = load_case(case, labels)
-    upright = nib.as_closest_canonical(scan)
+    upright = nib.as_closest_canonical(scan.first)
 
     def turned(mask: NDArray[Any]) -> NDArray[Any]:
-        image = nib.Nifti1Image(mask.astype(np.int16), scan.affine)
+        image = nib.Nifti1Image(mask.astype(np.int16), scan.first.affine)
         return np.asanyarray(nib.as_closest_canonical(image).dataobj)
 
     truth = np.asanyarray(label.dataobj)
     intensity = preparation.get("intensity", {})
+    intensity = intensity[0] if isinstance(intensity, list | tuple) else intensity  # the first channel is shown
     window = (intensity["low"], intensity["high"]) if intensity.get("kind") == "window" else None
     return comparison_figure(
         upright.get_fdata(dtype=np.float32),
-        turned(np.where(np.isin(truth, list(labels)), truth, 0)),
+        turned(labels.map_of(truth)),
         {name: turned(mask) for name, mask in masks.items()},
         window=window,
         spacing_mm=spacing_of(upright.affine),

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from segraft.training.callbacks import EpochCheckpoint, History, ProgressBar
 from segraft.training.distributed import Team, Together, ending_together
 from segraft.training.module import SegmentationTask
 from segraft.training.recomputation import recomputing
+from segraft.training.scans import ScanSource
 from segraft.training.settings import TrainingSettings
 
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
@@ -64,13 +65,14 @@ class Fit:
 
 def fit(
     net: nn.Module,
-    source: PatchSource,
+    source: PatchSource | ScanSource,
     settings: TrainingSettings,
     *,
     checkpoint: Path,
     resume: bool = False,
     title: str = "training",
     console: Console | None = None,
+    make_task: Callable[[nn.Module, TrainingSettings, int, Together | None], SegmentationTask] = SegmentationTask,
 ) -> Fit:
     """Train what of `net` requires a gradient on patches of `source`.
 
@@ -85,6 +87,7 @@ def fit(
         resume: go on from that file, exactly; it must exist.
         title: of the progress bar.
         console: where the first process draws the progress bar; None draws none.
+        make_task: what a step does, of the arguments of `SegmentationTask`.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; the checkpoint holds the last full epoch.
@@ -102,7 +105,7 @@ def fit(
         collate_fn=collate,
         drop_last=False,
     )
-    task = SegmentationTask(net, settings, settings.epochs * len(loader), together)
+    task = make_task(net, settings, settings.epochs * len(loader), together)
     history = History(seed=settings.seed, stop_when_converged=settings.stop_when_converged)
     bar = [] if console is None or not team.first else [ProgressBar(title, console)]
     for library in ("lightning.pytorch", "lightning.fabric"):

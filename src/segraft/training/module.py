@@ -24,7 +24,7 @@ class SegmentationTask(LightningModule):
     """Trains whatever of `net` requires a gradient.
 
     Args:
-        net: maps [B, 1, X, Y(, Z)] to logits [B, L, X, Y(, Z)]. With patches of size 1 in Z it is given [B, 1, X, Y].
+        net: maps [B, C, X, Y(, Z)] to logits [B, L, X, Y(, Z)]. With patches of size 1 in Z it is given [B, C, X, Y].
         settings: of the training.
         steps: optimiser steps of the whole training, for the schedule.
         together: the batch that several processes share, each taking part of it; None for one process.
