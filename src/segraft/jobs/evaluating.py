@@ -110,6 +110,11 @@ def on_cohort(model: Model, cohort: Cohort, labels: Sequence[str]) -> tuple[Mode
     theirs = {same_name(name): value for value, name in cohort.labels.items()}
     shared = {value: theirs[same_name(name)] for value, name in model.labels.items() if same_name(name) in theirs}
     by_value = set(model.labels) <= set(cohort.labels) and all(value == other for value, other in shared.items())
+    if not shared and cohort.cases[0].organs:  # where numbers are but places in the alphabet
+        raise SegraftError(
+            f"{cohort.path} has none of the labels of {model.source} ({', '.join(model.labels.values())}): say with "
+            "--labels which of its masks the outputs stand for."
+        )
     if by_value or not shared:
         asked = cohort.select_labels([str(value) for value in model.labels])
         return replace(model, labels=asked), ()

@@ -192,12 +192,17 @@ def _imported(base: Base) -> Run:
     return Run("import", identity, str(base.weights), None, ())
 
 
+def _folder(data: Path) -> Path:
+    """Where a cohort's files are, of its list or of the folder that it is."""
+    return data if data.is_dir() else data.parent
+
+
 def _pretrained(study: Study, base: Base, tested: Sequence[Case], device: str, digests: "_Digests") -> Run:
     """The pre-training of one base, on patients none of whose scans is in the study itself (`tested`)."""
     taken, patients = {digests.image(case) for case in tested}, {case.patient for case in tested}
     cohort = Cohort.read(_given(study, "pretrain_data"), patient_pattern=study.patient_pattern)
     served = {case.patient for case in digests.watched(cohort.cases) if digests.image(case) in taken}
-    if cohort.path.parent == Path(study.data or "").parent:
+    if _folder(cohort.path) == _folder(_given(study, "data")):
         served |= patients  # two lists of one folder: other scans of the same patients
     free = [case for case in cohort.cases if case.patient not in served]
     count = base.patients or len({case.patient for case in free})
