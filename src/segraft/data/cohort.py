@@ -1,6 +1,7 @@
 """A cohort: the cases, labels and modalities that are found in one of the layouts that data sets are published in."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -9,6 +10,7 @@ from pathlib import Path
 from segraft.data.case import Case
 from segraft.data.layouts import read_layout
 from segraft.errors import SegraftError
+from segraft.structures import same_name
 
 __all__ = ["Case", "Cohort"]
 
@@ -49,7 +51,9 @@ class Cohort:
         return cls(listed.name, listed.path, listed.labels, listed.modalities, listed.cases, patient_pattern)
 
     def select_labels(self, asked: Sequence[str]) -> dict[int, str]:
-        """The labels asked for, by number or name (case does not matter), in the order asked; all if none is.
+        """The labels asked for, by number or name, in the order asked; all if none is.
+
+        Case does not matter, and a structure may be called as other data sets call it (`left kidney`, `kidney_left`).
 
         Raises:
             SegraftError: a label that the cohort does not have, or one asked for twice.
@@ -58,9 +62,11 @@ class Cohort:
             return dict(self.labels)
         numbers = {name.casefold(): number for number, name in self.labels.items()}
         numbers |= {str(number): number for number in self.labels}
+        alike = Counter(same_name(name) for name in self.labels.values())
+        structures = {same_name(name): n for n, name in self.labels.items() if alike[same_name(name)] == 1}
         selected: dict[int, str] = {}
         for label in asked:
-            number = numbers.get(label.strip().casefold())
+            number = numbers.get(label.strip().casefold(), structures.get(same_name(label)))
             if number is None:
                 raise SegraftError(f'{self.path} has no label "{label}": choose {self._instead_of(label)}.')
             if number in selected:

@@ -17,7 +17,7 @@ from segraft.jobs.cases import choose, read_cohort
 from segraft.jobs.model import Model, load_model
 from segraft.jobs.run_folder import versions
 from segraft.jobs.watching import watched
-from segraft.networks.heads import same_name
+from segraft.structures import same_name
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def on_cohort(model: Model, cohort: Cohort, labels: Sequence[str]) -> tuple[Mode
         return (replace(model, labels=asked) if len(asked) == len(model.labels) else _by_name(model, asked)), ()
     theirs = {same_name(name): value for value, name in cohort.labels.items()}
     shared = {value: theirs[same_name(name)] for value, name in model.labels.items() if same_name(name) in theirs}
-    by_value = set(model.labels) <= set(cohort.labels) and all(value == other for value, other in shared.items())
+    by_value = len(shared) == len(model.labels) and all(value == other for value, other in shared.items())
     if not shared and cohort.cases[0].organs:  # where numbers are but places in the alphabet
         raise SegraftError(
             f"{cohort.path} has none of the labels of {model.source} ({', '.join(model.labels.values())}): say with "

@@ -160,9 +160,12 @@ def build_from_start(network: str, arguments: Mapping[str, Any]) -> nn.Module:
 
     What weights from elsewhere do not hold stays at this start, and an adapter knows its base by a fingerprint of all.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(START_SEED)
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(START_SEED)  # of the CPU alone, where networks are built
+    try:
         return build_from(network, arguments)
+    finally:
+        torch.set_rng_state(before)
 
 
 def with_outputs(net: nn.Module, info: Base, outputs: Outputs | None) -> nn.Module:

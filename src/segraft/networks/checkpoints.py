@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from segraft.adapters.selection import parts_of
 from segraft.errors import SegraftError
 from segraft.networks.heads import Head, Outputs, find_head, head_rows, match_outputs, require_head
 from segraft.networks.layouts import CONTAINERS, OWN, PREFIXES, Layout, known_labels, recognise
+
+if TYPE_CHECKING:
+    from segraft.networks.bases import Base
 
 SWIN = "swinViT.patch_embed.proj.weight"
 """A key that tells a SwinUNETR."""
@@ -178,7 +181,7 @@ def load_checkpoint(
     if outputs is not None:
         used |= head_rows(_settled_head(net, path, outputs, found.outputs), used, wanted, outputs)
     net.load_state_dict({**{key: wanted[key] for key in kept}, **used})
-    original, remarks = _merging(net, layout)
+    original, remarks = _merging(net, layout, _base_at(path))
     if found.outputs and outputs is not None and outputs.new and not known:
         text = (
             f"what its {found.outputs} outputs stand for is not known: name them with --base-labels to go on with them."
@@ -221,8 +224,30 @@ def _read(net: nn.Module, path: Path) -> tuple[Layout, Contents, dict[str, Tenso
             unused[group] += 1
     head = find_head(net)
     outputs = 0 if head is None or head.keys[0] not in used else used[head.keys[0]].shape[0]
-    names = layout.outputs if len(layout.outputs) == outputs else ()
+    known = layout.outputs or _names_in(_base_at(path))
+    names = known if len(known) == outputs else ()
     return layout, Contents(layout.name, outputs, names), used, dict(unused)
+
+
+def _base_at(path: Path) -> "Base | None":
+    """What a file says of itself that is a base of Segraft, and so knows more than its tensors.
+
+    Raises:
+        SegraftError: parts of it were never trained, which its tensors do not tell.
+    """
+    from segraft.networks.bases import read_base
+
+    try:
+        base = read_base(path) if path.suffix == ".safetensors" else None
+    except SegraftError:
+        return None
+    if base is not None and base.record.get("untrained"):
+        raise SegraftError(f"{path} is a base of which parts were never trained: give it as --base, without --weights.")
+    return base
+
+
+def _names_in(base: "Base | None") -> tuple[str, ...]:
+    return () if base is None else tuple(str(name) for name in base.record.get("labels", {}).values())
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -368,18 +393,18 @@ def _swin_arguments(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return {"feature_size": features, "in_channels": channels, **window}
 
 
-def _merging(net: nn.Module, layout: Layout) -> tuple[bool, tuple[str, ...]]:
+def _merging(net: nn.Module, layout: Layout, base: "Base | None") -> tuple[bool, tuple[str, ...]]:
     """Let a SwinUNETR compute as its weights were trained, where that is known, and say so."""
     if not any(name.startswith("swinViT") for name, _ in net.named_children()):
         return False, ()
-    from segraft.networks.swin import merge_as_before, merges_as_before, merges_as_now
+    from segraft.networks.swin import PATH, merge_as_before, merges_as_before, merges_as_now
 
-    if layout is not OWN:
+    if layout is not OWN or (base is not None and base.network in (PATH, "original_swin_unetr")):
         merge_as_before(net)
         if merges_as_before(net):
             return True, ("its tokens are joined as by MONAI before 1.5, with which it was trained.",)
         return False, ("its tokens are joined as the argument downsample says, and not as it was trained.",)
-    if not merges_as_now(net):
+    if base is not None or not merges_as_now(net):
         return False, ()
     remark = (
         "tokens are joined as by MONAI since 1.5; weights trained before, such as those published for BTCV, compute as "

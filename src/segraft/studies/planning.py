@@ -97,7 +97,11 @@ def plan(study: Study, runs: Runs, *, device: str = "auto", console: Console | N
     planned = []
     bases: dict[str, str] = {}
     for name, base in study.bases.items():
-        run = _imported(base) if base.weights is not None else _pretrained(study, base, cases, device, digests)
+        run = (
+            _imported(base, target.labels)
+            if base.weights is not None
+            else _pretrained(study, base, cases, device, digests)
+        )
         runs.add(run)
         bases[name] = run.key
         planned.append(Planned(run.key, name, seed=run.identity.get("settings", {}).get("seed", 0)))
@@ -178,8 +182,13 @@ class _Target:
         return Run("adapt", identity, where, pattern, train, test, base)
 
 
-def _imported(base: Base) -> Run:
-    """A base of weights from elsewhere, which are known by their bytes."""
+def _imported(base: Base, task: Mapping[int, str]) -> Run:
+    """A base of weights from elsewhere, which are known by their bytes.
+
+    Args:
+        base: of the study.
+        task: the labels of the study, which its outputs stand for where the weights have none.
+    """
     assert base.weights is not None  # noqa: S101
     identity = {
         "format": FORMAT,
@@ -187,6 +196,7 @@ def _imported(base: Base) -> Run:
         "network": base.network,
         "arguments": base.arguments,
         "labels": list(base.labels),
+        "task": list(task.values()),
         "weights": digest_of(base.weights),
     }
     return Run("import", identity, str(base.weights), None, ())
