@@ -10,20 +10,14 @@ figures to `docs/results/<study>`; the report itself stays in the study's folder
 """
 
 import argparse
-import json
-import os
-import shutil
 from pathlib import Path
 
-import pandas as pd
 from rich.console import Console
 
 from segraft.data.phantom_series import write_phantom_series
-from segraft.jobs.run_folder import versions
-from segraft.studies.engines import cores
+from segraft.studies.publishing import publish
 from segraft.studies.reading import read_study
-from segraft.studies.report import RESULTS, SCORES, results_of, tables_of, write_study_report
-from segraft.studies.run import write_json
+from segraft.studies.report import write_study_report
 from segraft.studies.running import run_study
 
 PHANTOMS = "All heads are synthetic phantoms, not patients: the numbers compare methods on them, and nothing more."
@@ -59,33 +53,8 @@ def main() -> None:
     out = arguments.out / study.name
     result = run_study(study, out, workers=arguments.workers, device="cpu", console=Console(stderr=True))
     print(write_study_report(out))
-    publish(out, arguments.results / study.name, arguments.workers)
+    publish(out, arguments.results / study.name, workers=arguments.workers)
     raise SystemExit(1 if result.failures else 0)
-
-
-def publish(out: Path, results: Path, workers: int) -> None:
-    """Copy what a document may quote: numbers, tables, figures."""
-    scores, judgement = results_of(out)
-    shutil.rmtree(results / "figures", ignore_errors=True)
-    shutil.copytree(out / "figures", results / "figures")
-    shutil.copyfile(out / SCORES, results / SCORES)
-    found = json.loads((out / RESULTS).read_text(encoding="utf-8"))
-    seconds = sum(run["seconds"] for run in scores.finished.values())
-    machine = {"cores": cores(), "workers": workers, "seconds of all runs": round(seconds), "cpus": os.cpu_count()}
-    write_json(results / RESULTS, {**found, "machine": machine, "versions": versions()})
-    parts = [
-        f"# {scores.plan.study.title}",
-        scores.plan.study.about,
-        *(f"- {note}" for note in scores.plan.study.notes),
-    ]
-    for caption, frame in tables_of(scores, judgement):
-        parts += [f"## {caption}", markdown(frame)]
-    (results / "tables.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
-
-
-def markdown(frame: pd.DataFrame) -> str:
-    rows = [list(map(str, frame.columns)), ["---"] * len(frame.columns), *frame.astype(str).to_numpy().tolist()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 if __name__ == "__main__":

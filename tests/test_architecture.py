@@ -10,11 +10,12 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "segraft"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-GROUND = {"errors", "atomic", "_version"}
+GROUND = {"errors", "atomic", "_version", "structures"}
 MAY_IMPORT = {
     "errors": set(),
     "_version": set(),
     "allocation": set(),
+    "structures": set(),
     "atomic": {"errors"},
     "adapters": GROUND,
     "networks": GROUND | {"adapters"},

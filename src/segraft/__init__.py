@@ -70,6 +70,7 @@ def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return import_module(f"segraft.{name}")
     if name in _ADAPTERS:
+        import_module("segraft.networks")  # which knows the parts of networks of others
         return getattr(import_module("segraft.adapters"), name)
     raise AttributeError(f"module 'segraft' has no attribute {name!r}")
 

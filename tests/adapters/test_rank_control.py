@@ -302,8 +302,11 @@ class TestBudget:
             assert torch.equal(ours, theirs)
 
     def test_a_budget_above_the_rank_is_refused(self):
-        net = graft(network(), AdapterSpec("ada_lora", rank=4, control={"target": 5}))
-        with pytest.raises(SegraftError, match=r"5 directions per weight .* higher rank, or a lower target"):
+        with pytest.raises(SegraftError, match=r"5 directions per weight is above the rank 4.* or a lower target"):
+            AdapterSpec("ada_lora", rank=4, control={"target": 5})
+        # of several ranks only their sum can tell
+        net = graft(network(), AdapterSpec("ada_lora", rank=2, ranks={"0": 5}, control={"target": 4}))
+        with pytest.raises(SegraftError, match=r"4 directions per weight .* than the 2.75 .* higher rank, or a lower"):
             RankControlled(net, 10)
 
 
@@ -363,6 +366,8 @@ def test_the_starts_are_those_of_the_papers():
         ({"method": "ada_lora", "control": {"every": 1.5}}, "every is 1.5: it must be a whole number"),
         ({"method": "ada_lora", "control": {"every": 0}}, "every is 0: it must be a number, at least 1"),
         ({"method": "lora", "gate": "open"}, "unknown gate 'open': choose 'none', 'uniform' or 'zero'"),
+        ({"method": "arena", "control": {"kind": []}}, "unknown rank control"),
+        ({"method": "ada_lora", "control": "proximal"}, "a gate that starts at zero stays there"),
         ({"method": "none", "gate": "zero"}, "method 'none' has no factors, so .* gate"),
     ],
 )
@@ -390,3 +395,52 @@ def test_a_spec_survives_json(spec):
 def test_specs_without_a_gate_read_as_before():
     assert not {"gate", "control"} & set(AdapterSpec("dora_c").to_dict())
     assert AdapterSpec("arena", control={"step": 0.1}).rank_control == Proximal(0.5, 0.1)
+
+
+@pytest.mark.parametrize("method", GATED)
+def test_a_step_that_mixed_precision_skips_leaves_gates_and_memory_alone(method):
+    """Gradients overflow in the first steps there: the optimiser is passed over, and so are the gates."""
+    net = graft(network(), AdapterSpec(method, rank=4))
+    control = RankControlled(net, 20)
+    with torch.no_grad():
+        for gate in gates(net).values():
+            gate.uniform_(-1, 1)
+    before = {key: gate.detach().clone() for key, gate in gates(net).items()}
+    for value in net.parameters():
+        if value.requires_grad:
+            value.grad = torch.full_like(value, math.inf)
+    control.step(0.1)
+    assert all(torch.equal(gate, before[key]) for key, gate in gates(net).items())
+    train(net, control, steps=19)
+    assert all(gate.isfinite().all() for gate in gates(net).values())
+    state = control.state_dict()["default"]
+    assert all(value.isfinite().all() for value in state.values())
+    if method == "ada_lora":
+        assert ranks_in_use(net).used == round(4 * 4 * 2 / 3)  # its budget went by the steps of the training
+
+
+def test_a_training_does_not_stop_before_its_budget_has_settled():
+    net = graft(network(), AdapterSpec("ada_lora", rank=4, control={"warm_up": 0, "settled": 0.5}))
+    control = RankControlled(net, 10)
+    allowed = []
+    for _ in range(10):
+        allowed.append(control.may_stop)
+        train(net, control, steps=1)
+    assert allowed == [False] * 5 + [True] * 5
+    assert RankControlled(graft(network(), AdapterSpec("arena")), 10).may_stop
+
+
+def test_networks_of_others_name_their_projections_however_they_were_built():
+    from monai.networks.nets import SwinUNETR
+
+    import segraft.networks  # noqa: F401  its table
+
+    arguments = {"in_channels": 1, "out_channels": 1, "feature_size": 12, "depths": (1, 1, 1, 1)}
+    net = graft(SwinUNETR(**arguments), AdapterSpec("arena", rank=2))
+    assert {key.rpartition(".")[2] for key in gates(net)} == {
+        f"weight_{k * d}_{(k + 1) * d}" for d in (12, 24, 48, 96) for k in (1, 2)
+    }
+    with pytest.raises(SegraftError, match=r"named as a whole \(\.\*\\.attn\\.qkv\) and by its projections"):
+        graft(SwinUNETR(**arguments), AdapterSpec("arena", targets=("key", r".*\.attn\.qkv")))
+    with pytest.raises(SegraftError, match="its projections query, key, value"):
+        graft(SwinUNETR(**arguments), AdapterSpec("arena", targets="keys"))

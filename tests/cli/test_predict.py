@@ -172,3 +172,25 @@ def test_names_are_shown_as_they_are(segraft, work, tmp_path):
 def test_half_precision_without_a_gpu(refused, work, tmp_path):
     scan = work / "D" / "imagesTr" / "p0.nii.gz"
     refused("predict", work / "run", scan, "-o", tmp_path / "m.nii.gz", "--precision", "16", says=["bf16"])
+
+
+def test_patches_overlap_as_the_preparation_says(segraft, work, tmp_path, monkeypatch):
+    from segraft.jobs import model
+
+    seen = []
+    sliding = model.sliding_probability
+
+    def spy(*arguments, **options):
+        seen.append(options["overlap"])
+        return sliding(*arguments, **options)
+
+    monkeypatch.setattr(model, "sliding_probability", spy)
+    options = ("--base", work / "base", "--data", work / "D", "--labels", "2", "--shots", "1", "--epochs", "1")
+    assert segraft("adapt", *options, "--device", "cpu", "--overlap", "0.25", "--out", tmp_path / "run").code == 0
+    scan = next((work / "D" / "imagesTr").iterdir())
+    for file, wanted in ((tmp_path / "run", 0.25), (work / "base", 0.5)):
+        assert segraft("predict", file, scan, "--out", tmp_path / "mask.nii.gz").code == 0
+        assert seen.pop() == wanted
+    refused = segraft("adapt", *options, "--overlap", "1", "--out", tmp_path / "other")
+    assert refused.code == 2
+    assert "overlap" in refused.err

@@ -245,7 +245,7 @@ def test_more_shots_than_cases(total):
 
 @pytest.mark.parametrize(
     ("asked", "first"),
-    [("left kidney", "kidney_left"), ("Kidney-Left", "kidney_left"), ("livr", "liver"), ("rib left", "rib_left_")],
+    [("kidney lft", "kidney_left"), ("Kidneys-Left", "kidney_left"), ("livr", "liver"), ("rib left", "rib_left_")],
 )
 def test_close_names_are_offered_where_there_are_many(tmp_path, asked, first):
     masks = {f"rib_{side}_{number}": box(0, 0) for side in ("left", "right") for number in range(1, 13)}
@@ -255,6 +255,12 @@ def test_close_names_are_offered_where_there_are_many(tmp_path, asked, first):
     ) as caught:
         Cohort.read(tmp_path).select_labels([asked])
     assert str(caught.value).count("(") <= 5
+
+
+@pytest.mark.parametrize("asked", ["left kidney", "Kidney-Left", "LKidney"])
+def test_a_structure_may_be_called_as_elsewhere(tmp_path, asked):
+    organs(tmp_path / "s0001", liver=box(0, 1), kidney_left=box(0, 0), kidney_right=box(0, 0))
+    assert Cohort.read(tmp_path).select_labels([asked]) == {1: "kidney_left"}
 
 
 # Overlaps.

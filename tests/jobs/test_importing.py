@@ -16,9 +16,9 @@ from segraft.jobs import adapt, evaluate, import_base, load_model, pretrain
 from segraft.jobs.adapting import BaseSource
 from segraft.jobs.evaluating import on_cohort
 from segraft.jobs.model import load_base_of, named_as_loaded
-from segraft.networks import Loaded, build, load_base, read_base
+from segraft.networks import Loaded, build, load_base, read_base, save_base
 from segraft.networks.layouts import BTCV, FSEFT
-from segraft.networks.swin import PATH
+from segraft.networks.swin import PATH, merges_as_before
 from segraft.training.settings import TrainingSettings
 
 SMALL = {"feature_size": 12, "window_size": 2}
@@ -205,7 +205,7 @@ def test_outputs_by_position_are_not_recorded(tmp_path, scans):
     _, record = rebuilt(made.path)
     assert set(record) == {"network", "arguments", "path", "fingerprint"}
     assert record["fingerprint"] == fingerprint(unet(1, 1))
-    assert made.notes == ()
+    assert made.notes == (f"outputs of {tmp_path / 'single'} that go on under other names: liver as spleen.",)
 
 
 def test_a_new_output_needs_training(tmp_path, scans, organs):
@@ -242,8 +242,12 @@ def test_an_encoder_alone(tmp_path, scans, encoder):
     torch.manual_seed(3)
     rebuilt(made.path)
     assert "the decoder starts at random: train it, with --train decoder." in made.notes
+    frozen = AdapterSpec("lora", targets=r".*\.attn\.qkv", train="head")
+    with pytest.raises(SegraftError, match=r"no trained decoder, so it starts at random, .*--train decoder"):
+        adapted(source, scans, tmp_path / "no", "spleen", spec=frozen, prepared=SWIN_PREPARED)
+    frozen = AdapterSpec("lora", targets=r".*\.attn\.qkv", train=r"decoder\d\..*")
     with pytest.raises(SegraftError, match="no trained output for spleen"):
-        adapted(source, scans, tmp_path / "no", "spleen", spec=AdapterSpec("lora", targets=r".*\.attn\.qkv"))
+        adapted(source, scans, tmp_path / "no", "spleen", spec=frozen, prepared=SWIN_PREPARED)
 
 
 def test_an_imported_encoder_says_what_was_never_trained(tmp_path, scans, encoder):
@@ -251,10 +255,44 @@ def test_an_imported_encoder_says_what_was_never_trained(tmp_path, scans, encode
     assert read_base(made.path).record["untrained"] == {"outputs": [0], "parts": ["decoder"]}
     with pytest.raises(SegraftError, match=r"start at random \(decoder; the outputs spleen\): adapt it first"):
         load_model(made.path)
-    with pytest.raises(SegraftError, match="no trained output for spleen"):
+    with pytest.raises(SegraftError, match="no trained decoder"):
         adapted(tmp_path / "b", scans, tmp_path / "no", "spleen", spec=AdapterSpec("lora", targets="encoder"))
+    with pytest.raises(SegraftError, match="parts were never trained: give it as --base, without --weights"):
+        BaseSource("swin_unetr", made.path, SMALL).load({1: "spleen"}, ONE_CHANNEL)
     loaded = BaseSource(tmp_path / "b").load({1: "spleen"}, ONE_CHANNEL)
     assert loaded.notes == ("the decoder starts at random: train it, with --train decoder.",)
+
+
+def test_outputs_for_weights_without_a_head_may_be_named_in_case(tmp_path, encoder, organs):
+    made = import_base(encoder, tmp_path / "e", network="swin_unetr", network_arguments=SMALL, without_head=["spleen"])
+    assert made.labels == {1: "spleen"}
+    whole = {"network": "unet3d", "network_arguments": UNET, "without_head": ["spleen"]}
+    assert len(import_base(organs, tmp_path / "o", **whole).labels) == len(ORGANS)
+
+
+def test_a_base_of_ours_keeps_its_names_and_merging_as_weights(tmp_path):
+    """Its header says what its tensors do not: which outputs it has, and how its tokens are joined."""
+    torch.manual_seed(5)
+    net = build("swin_unetr", in_channels=1, out_channels=2, arguments=SMALL)
+    for network in (PATH, "swin_unetr"):
+        arguments = {"in_channels": 1, "out_channels": 2, **SMALL}
+        record = {"labels": {"1": "spleen", "2": "liver"}}
+        base = save_base(net, tmp_path / network[-4:], network=network, arguments=arguments, record=record)
+        loaded = BaseSource("swin_unetr", base.path, SMALL).load({7: "liver"}, ONE_CHANNEL)
+        assert loaded.described["outputs"] == [1]
+        assert merges_as_before(loaded.net) == (network == PATH)
+        assert not any("since 1.5" in note for note in loaded.notes)
+
+
+def test_labels_of_which_only_some_names_match_never_go_by_number(tmp_path, scans):
+    """The base's 1 is no label of the cohort; the cohort's 1 must not be measured with it."""
+    torch.save(unet(2, 1).state_dict(), tmp_path / "two.pt")
+    names = ["aorta", "kidney_left"]
+    made = import_base(tmp_path / "two.pt", tmp_path / "t", network="unet3d", network_arguments=UNET, labels=names)
+    model = load_model(made.path, preparation=Preparation(**PREPARED))
+    picked, notes = on_cohort(model, Cohort.read(scans), ())
+    assert picked.labels == {2: "kidney_left"}
+    assert notes == ("labels of base.safetensors that Toy does not have are left out: aorta.",)
 
 
 def test_pretraining_from_a_published_encoder(tmp_path, scans, encoder):

@@ -11,7 +11,7 @@ from monai.networks.nets import SwinUNETR
 from safetensors.torch import save_file
 from torch import nn
 
-from segraft.adapters import fingerprint
+from segraft.adapters import fingerprint, parts_of
 from segraft.errors import SegraftError
 from segraft.networks import build, load_checkpoint, load_weights
 from segraft.networks.heads import Outputs
@@ -121,7 +121,7 @@ def same(net: nn.Module, other: nn.Module, prefix: str = "") -> bool:
 
 
 def in_part(net: nn.Module, part: str) -> int:
-    return sum(key.startswith(tuple(f"{prefix}." for prefix in net.parts[part])) for key in net.state_dict())
+    return sum(key.startswith(tuple(f"{prefix}." for prefix in parts_of(net)[part])) for key in net.state_dict())
 
 
 # --- what is loaded
@@ -165,7 +165,7 @@ def test_published_layouts(write, kind, parts, unused):
     outputs = WRITTEN[kind][1]
     source, net, start = swin(outputs, 1), swin(outputs, 2), swin(outputs, 2)
     loaded = load_checkpoint(net, write(kind, source))
-    for part, prefixes in net.parts.items():
+    for part, prefixes in parts_of(net).items():
         origin = source if part in parts else start
         assert all(same(net, origin, prefix) for prefix in prefixes) == (part in parts or part == "decoder"), part
     assert loaded.tensors == sum(in_part(net, part) for part in parts)

@@ -8,17 +8,16 @@ from segraft.adapters import AdapterSpec, graft
 from segraft.errors import SegraftError
 from segraft.networks import build
 from segraft.networks.heads import (
-    SYNONYMS,
     Outputs,
     PickedOutputs,
     find_head,
     head_rows,
     match_outputs,
     require_head,
-    same_name,
     take_outputs,
     untrained_outputs,
 )
+from segraft.structures import SYNONYMS, same_name
 
 SEGRESNET = {"init_filters": 8, "blocks_down": [1, 1], "blocks_up": [1]}
 

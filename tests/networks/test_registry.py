@@ -9,7 +9,7 @@ from monai.networks.nets import SegResNet
 from torch import nn
 
 from segraft.adapters import AdapterSpec, adapter_tensors, graft, parts_of, require_gradients
-from segraft.adapters.selection import base_parameters
+from segraft.adapters.selection import NAMED, base_parameters
 from segraft.errors import SegraftError
 from segraft.networks import NETWORKS, UNet, build
 from segraft.networks.registry import FOREIGN_PARTS, size_multiple, spatial_dims
@@ -42,7 +42,7 @@ class NoArguments(nn.Module):
 def test_parts_of_foreign_networks_cover_every_parameter_once(path):
     net = foreign(path)
     assert parts_of(net) == FOREIGN_PARTS[path]
-    prefixes = [prefix for part in net.parts.values() for prefix in part]
+    prefixes = [prefix for part in parts_of(net).values() for prefix in part]
     assert len(set(prefixes)) == len(prefixes)
     assert set(prefixes) <= {name for name, _ in net.named_children()}
     for name, *_ in base_parameters(net):
@@ -173,9 +173,9 @@ def test_the_default_size_multiple_suits_networks_from_elsewhere(path):
 def test_own_parts_of_a_network_are_kept(monkeypatch):
     """A class that names its parts wins over the table."""
     path = f"{NoArguments.__module__}.{NoArguments.__qualname__}"
-    monkeypatch.setitem(FOREIGN_PARTS, path, {"head": ("theirs",)})
+    monkeypatch.setitem(NAMED["parts"], path, {"head": ("theirs",)})
     monkeypatch.setattr(nn, "Own", NoArguments, raising=False)
-    assert build("torch.nn:Own", in_channels=1, out_channels=1).parts == {"head": ("theirs",)}
+    assert parts_of(build("torch.nn:Own", in_channels=1, out_channels=1)) == {"head": ("theirs",)}
     monkeypatch.setattr(NoArguments, "parts", {"head": ("ours",)}, raising=False)
     assert parts_of(build("torch.nn:Own", in_channels=1, out_channels=1)) == {"head": ("ours",)}
 

@@ -226,16 +226,17 @@ def two_bases(make_study):
 
 @pytest.mark.usefixtures("one_thread")
 def test_processes_beside_find_what_one_process_finds(two_bases, odd, undisturbed, traces, tmp_path, monkeypatch):
-    """One base dies while it trains: its arm fails too, all else is as if nothing had been; then it does not die."""
+    """One base dies while it trains: its arm waits, all else is as if nothing had been; then it does not die."""
     monkeypatch.setattr(engines, "cores", lambda: 2)
     (odd / "orders.json").write_text(json.dumps({"step": 3, "kind": "die"}))
     out = tmp_path / "out"
     first = run_study(two_bases, out, workers=2, device="cpu")
     keys = {run.arm: run.key for run in first.plan.runs}
     assert (first.done, first.before) == (11, 0)
-    assert first.failures.keys() == {keys["odd"], keys["none (odd)"]}
+    assert first.failures.keys() == {keys["odd"]}
     assert "signal 9" in first.failures[keys["odd"]]
-    assert first.failures[keys["none (odd)"]].startswith(f"its base, run {keys['odd']}, is not finished")
+    assert first.waiting == 1
+    assert failure_of(Runs(out / "runs").folder(keys["none (odd)"])) is None
     assert {key: failure_of(Runs(out / "runs").folder(key)) for key in first.failures} == first.failures
     assert len(list(odd.glob("die-*"))) == 1
     expected = {name: digest for name, digest in traces(undisturbed).items() if name.startswith("runs/")}

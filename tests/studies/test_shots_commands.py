@@ -102,6 +102,29 @@ def test_a_study_of_shots_from_weights_is_run_and_shown(segraft, write_study, we
     assert figures == 2 + 3, "ranks, parameters, and the masks of three patients"
 
 
+def test_names_of_outputs_and_arguments_are_said_on_the_command_line(segraft, write_study, weights, tmp_path):
+    base = {name: value for name, value in SHOTS["bases"]["unet"].items() if name != "arguments"}
+    path = write_study(**SHOTS | {"bases": {"unet": base}})
+    arguments = json.dumps(SHOTS["bases"]["unet"]["arguments"])
+    options = ("--weights", weights, "--base-labels", "x,core", "--network-args", arguments, "--labels", "core")
+    code, _, err = segraft("run", *options, "--device", "cpu", "--out", tmp_path / "out", path)
+    assert code == 0, err
+    report = (tmp_path / "out" / "report.html").read_text()
+    for words in ("unet: ", "tensors loaded"):  # what was loaded is said on the terminal and in the report
+        assert words in err
+        assert words in report
+    assert "--base-labels" in refused(segraft, tmp_path, "--base-labels", "x", "--out", tmp_path / "no", path)
+
+
+def test_a_base_that_fails_does_so_once_and_what_needs_it_waits(segraft, write_study, weights, tmp_path):
+    path = write_study(**SHOTS | {"bases": {"unet": SHOTS["bases"]["unet"] | {"labels": ["unknown"]}}})
+    code, said, err = segraft("run", "--weights", weights, "--device", "cpu", "--out", tmp_path / "out", path)
+    assert code == 1
+    assert "0 runs done, 0 before, 1 failed" in said
+    assert re.search(r"\d+ wait for a base", said), said
+    assert err.count("name all outputs, in order") == 2  # as it failed, and at the end
+
+
 def test_a_killed_study_goes_on_where_it_was(segraft, write_study, weights, tmp_path, traces):
     path = write_study(**SHOTS | {"bases": {"unet": SHOTS["bases"]["unet"] | {"labels": ["core", "rim"]}}})
     options = ("--weights", weights, "--device", "cpu", "--labels", "core,rim", path)

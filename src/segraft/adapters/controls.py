@@ -120,7 +120,7 @@ def as_control(value: object, default: RankControl) -> RankControl:
         if settings.get("kind", default.kind) == default.kind:
             settings = {field.name: getattr(default, field.name) for field in fields(default)} | settings
     kind = settings.get("kind")
-    if kind not in CONTROLS:
+    if not isinstance(kind, str) or kind not in CONTROLS:
         raise SegraftError(f"unknown rank control {value!r}: choose one of {', '.join(CONTROLS)}.")
     control = CONTROLS[kind]
     known = [field.name for field in fields(control) if field.name != "kind"]

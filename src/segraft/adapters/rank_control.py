@@ -88,6 +88,15 @@ class Runner(Protocol):
         """After the optimiser's step with this learning rate, while the gradients are still there."""
         ...
 
+    def passed(self) -> None:
+        """A step of the training in which the optimiser did nothing."""
+        ...
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether the training may end early as far as this control goes."""
+        ...
+
     def state_dict(self) -> dict[str, Tensor]:
         """What it remembers."""
         ...
@@ -111,13 +120,16 @@ class Shrinking:
     def step(self, rate: float) -> None:
         """The update v ← soft(v − ρ·∇L, η·λ)."""
         for gate in self.gates:
-            moved: Tensor = gate
-            if self.control.step:
-                gradient = _gradient(gate)
-                if not torch.isfinite(gradient).all():
-                    continue  # a step that mixed precision skips
-                moved = gate - self.control.step * gradient
+            moved = gate - self.control.step * _gradient(gate) if self.control.step else gate
             gate.copy_(soft_threshold(moved, rate * self.control.penalty))
+
+    def passed(self) -> None:
+        """Nothing: only steps shrink."""
+
+    @property
+    def may_stop(self) -> bool:
+        """Always."""
+        return True
 
     def state_dict(self) -> dict[str, Tensor]:
         """Nothing."""
@@ -140,8 +152,8 @@ class Budgeting:
         wanted = self.start * 2 / 3 if per_weight is None else per_weight * len(edits)
         if wanted > self.start:
             raise SegraftError(
-                f"a budget of {per_weight:g} directions per weight at the end is more than the {self.start} of "
-                f"{len(edits)} weights at the start: choose a higher rank, or a lower target."
+                f"a budget of {per_weight:g} directions per weight at the end is more than the "
+                f"{self.start / len(edits):g} at the start: choose a higher rank, or a lower target."
             )
         self.target, self.steps_done = round(wanted), 0
         self.sensitivity: dict[str, Tensor] = {}
@@ -179,6 +191,15 @@ class Budgeting:
             _gate(self.edits[key]).mul_(mask)
         if settling:
             self.settled = masks
+
+    def passed(self) -> None:
+        """The budget goes by the steps of the training."""
+        self.steps_done += 1
+
+    @property
+    def may_stop(self) -> bool:
+        """Once the budget has come to its end."""
+        return bool(self.settled)
 
     def _importance(self, key: str, edit: LowRank) -> Tensor:
         """S [R] of equation 10: of the gate, plus the mean over each factor's entries."""
@@ -238,12 +259,14 @@ class RankControlled:
     def __init__(self, net: nn.Module, steps: int) -> None:
         self.runners: dict[str, Runner] = {}
         self.gates: list[nn.Parameter] = []
+        self._watched: list[nn.Parameter] = []
         for name, spec in record_of(net).specs.items() if has_adapters(net) else ():
             control: RankControl = spec.rank_control
             edits = {key: edit for key, edit in gated_edits(net, name).items() if _gate(edit).requires_grad}
             if isinstance(control, Fixed) or not edits:
                 continue
             self.runners[name] = RUNNERS[type(control)](edits, control, steps)
+            self._watched += [value for edit in edits.values() for value in edit.parameters()]
             if isinstance(control, Proximal):
                 self.gates += _gates(edits.values())
 
@@ -253,9 +276,24 @@ class RankControlled:
         return torch.stack(terms).sum() if terms else None
 
     def step(self, rate: float) -> None:
-        """To be called after each optimiser step, with the learning rate of that step, before gradients are cleared."""
+        """To be called after each optimiser step, with the learning rate of that step, before gradients are cleared.
+
+        With gradients that are not finite the optimiser has done nothing (in mixed precision), and neither do gates.
+        """
+        if not self.runners:
+            return
+        gradients = [value.grad for value in self._watched if value.grad is not None]
+        finite = bool(torch.isfinite(nn.utils.get_total_norm(gradients)))
         for runner in self.runners.values():
-            runner.step(rate)
+            if finite:
+                runner.step(rate)
+            else:
+                runner.passed()
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether the training may end early: not before a budget has come to its end."""
+        return all(runner.may_stop for runner in self.runners.values())
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """For a checkpoint."""
@@ -264,7 +302,8 @@ class RankControlled:
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """From a checkpoint."""
         for name, runner in self.runners.items():
-            runner.load_state_dict(state[name])
+            if name in state:
+                runner.load_state_dict(state[name])
 
 
 def _gate(edit: LowRank) -> nn.Parameter:

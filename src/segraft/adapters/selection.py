@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -31,10 +32,22 @@ ENCODER = "encoder"
 """The part that runs on one channel at a time, in networks that take several so."""
 
 
+NAMED: dict[str, dict[str, Mapping[str, Any]]] = {"parts": {}, "projections": {}}
+"""What classes that do not name their own parts or projections have: attribute -> class, as `module.Class` -> it.
+
+For whoever knows such classes to fill.
+"""
+
+
+def _named(net: nn.Module, attribute: str) -> Mapping[str, Any]:
+    """The network's own attribute, else what its class is known to have."""
+    own = getattr(net, attribute, None)
+    return own if isinstance(own, Mapping) else NAMED[attribute].get(f"{type(net).__module__}.{type(net).__name__}", {})
+
+
 def parts_of(net: nn.Module) -> Mapping[str, tuple[str, ...]]:
     """The named parts of a network, `{part: module-name prefixes}`: its attribute `parts`, empty where it has none."""
-    parts = getattr(net, "parts", None)
-    return parts if isinstance(parts, Mapping) else {}
+    return _named(net, "parts")
 
 
 def projections_of(net: nn.Module) -> Mapping[str, Mapping[str, str]]:
@@ -43,8 +56,7 @@ def projections_of(net: nn.Module) -> Mapping[str, Mapping[str, str]]:
     Projection -> {regular expression for layer names: its rows in their fused weight, as 'j/n'}; empty where the
     network names none.
     """
-    projections = getattr(net, "projections", None)
-    return projections if isinstance(projections, Mapping) else {}
+    return _named(net, "projections")
 
 
 def modules_by_name(net: nn.Module) -> dict[nn.Module, list[str]]:
@@ -186,10 +198,10 @@ def select_weights(net: nn.Module, spec: AdapterSpec, trained_whole: Sequence[Se
         return []
     names = modules_by_name(net)
     owners = _owners(names)
-    wanted, blocks_of = _with_projections(net, spec)
+    wanted, blocks_of, whole_layers = _with_projections(net, spec)
     targets = None if wanted is None else _Places(net, wanted)
     exclude = _Places(net, spec.exclude)
-    ranks, slices = _Places(net, spec.ranks), _Places(net, blocks_of)
+    ranks, slices = _Places(net, spec.ranks), _Slices(net, blocks_of, whole_layers)
     whole = {(id(selected.layer), selected.tensor) for selected in trained_whole}
     chosen = []
     for module, module_names in names.items():
@@ -205,7 +217,7 @@ def select_weights(net: nn.Module, spec: AdapterSpec, trained_whole: Sequence[Se
                 "convolution nor attention; exclude it, or train it whole."
             )
         rank = [spec.rank, *(spec.ranks[place] for place in ranks.matching(module_names))][-1]
-        blocks = [None, *(blocks_of[place] for place in slices.matching(module_names))][-1]
+        blocks = slices.of(module_names)
         for slot in slots:
             if (id(module), slot.weight) in whole and (targets is None or (spec.channels > 1 and spec.targets is None)):
                 continue
@@ -222,8 +234,13 @@ def select_weights(net: nn.Module, spec: AdapterSpec, trained_whole: Sequence[Se
     return chosen
 
 
-def _with_projections(net: nn.Module, spec: AdapterSpec) -> tuple[Sequence[str] | None, dict[str, tuple[str, ...]]]:
-    """Targets and slices of a spec, with the projections that it names (or its method prefers) as layers and rows."""
+def _with_projections(
+    net: nn.Module, spec: AdapterSpec
+) -> tuple[Sequence[str] | None, dict[str, tuple[str, ...]], list["Place"]]:
+    """Targets and slices of a spec, with the projections that it names (or its method prefers) as layers and rows.
+
+    Last, where there are projections, the targets that are none.
+    """
     named = projections_of(net)
     wanted: Sequence[str] | None = spec.targets
     if wanted is None:
@@ -236,7 +253,8 @@ def _with_projections(net: nn.Module, spec: AdapterSpec) -> tuple[Sequence[str] 
         for layers, rows in named.get(text, {}).items():
             blocks[layers] = (*blocks.get(layers, ()), rows)
     places = None if wanted is None else [p for text in wanted for p in named.get(text, (text,))]
-    return places, blocks | {place: tuple(rows) for place, rows in spec.slices.items()}
+    others = [Place(net, text) for text in wanted or () if text not in named] if blocks else []
+    return places, blocks | {place: tuple(rows) for place, rows in spec.slices.items()}, others
 
 
 class _Places:
@@ -257,6 +275,34 @@ class _Places:
         for place in self.places:
             if place.text not in self.used:
                 raise place.nothing(what)
+
+
+class _Slices(_Places):
+    """Row blocks of fused weights, by place.
+
+    Args:
+        net: with the layers.
+        blocks: place -> row blocks.
+        whole: places whose layers are meant as a whole.
+    """
+
+    def __init__(self, net: nn.Module, blocks: Mapping[str, tuple[str, ...]], whole: Sequence[Place]) -> None:
+        super().__init__(net, blocks)
+        self.blocks, self.whole = blocks, whole
+
+    def of(self, names: Sequence[str]) -> tuple[str, ...] | None:
+        """Of a layer; None where it is meant as a whole. Of several places the last holds.
+
+        Raises:
+            SegraftError: it is named both ways.
+        """
+        hits = self.matching(names)
+        both = [place.text for place in self.whole if hits and place.matches(names)]
+        if both:
+            raise SegraftError(
+                f"layer {names[0]!r} is named as a whole ({both[0]}) and by its projections: name it one way."
+            )
+        return self.blocks[hits[-1]] if hits else None
 
 
 def _kind_and_place(net: nn.Module, selector: str) -> tuple[str, Place]:

@@ -166,6 +166,11 @@ class AdapterSpec:
             raise SegraftError(f"unknown bias setting {self.bias!r}: choose 'frozen', 'low_rank' or 'train'.")
         if self.magnitude_dim not in (None, 0):
             raise SegraftError(f"magnitude_dim {self.magnitude_dim!r}: it is None (true output channels) or 0.")
+        if self.gate == "zero" and isinstance(self.control, Proximal) and not self.control.step:
+            raise SegraftError(
+                "a gate that starts at zero stays there under proximal control with step 0, so nothing would train: "
+                "choose gate 'uniform', or a step above 0."
+            )
         if self.alpha is not None and not (isinstance(self.alpha, int | float) and 0 < self.alpha < math.inf):
             raise SegraftError(f"alpha is {self.alpha!r}: it must be a number above zero.")
 
@@ -197,6 +202,12 @@ class AdapterSpec:
         for what, rank in (("rank", self.rank), *((f"rank for {place!r}", r) for place, r in self.ranks.items())):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise SegraftError(f"{what} is {rank!r}: it must be a whole number of at least 1.")
+        highest = max(self.rank, *self.ranks.values()) if self.ranks else self.rank
+        if isinstance(self.control, Budget) and self.control.target is not None and self.control.target > highest:
+            raise SegraftError(
+                f"rank control: a target of {self.control.target:g} directions per weight is above the rank {highest}, "
+                "which is that at the start: choose a higher rank, or a lower target."
+            )
 
     def _check_channels(self) -> None:
         if isinstance(self.channels, bool) or not isinstance(self.channels, int) or self.channels < 1:

@@ -61,6 +61,13 @@ class Precision(StrEnum):
     half = "16"
 
 
+class ChannelGrids(StrEnum):
+    """What to do with channels on other grids than their scan's first."""
+
+    refuse = "refuse"
+    resample = "resample"
+
+
 class Schedule(StrEnum):
     """Of the learning rate."""
 
@@ -217,13 +224,20 @@ def preparation(
         tuple[float, float, float] | None,
         typer.Option(help="Voxel size in mm to resample to. Each scan's own, if left out.", rich_help_panel=SCANS),
     ] = None,
+    channel_grids: Annotated[
+        ChannelGrids | None,
+        typer.Option(
+            help="Channels of a scan on another grid than its first: refuse or resample them [refuse].",
+            rich_help_panel=SCANS,
+        ),
+    ] = None,
     window: Annotated[
         tuple[float, float] | None,
         typer.Option(help="Intensities that become 0 and 1, such as -175 250 (HU).", rich_help_panel=SCANS),
     ] = None,
     percentiles: Annotated[
         tuple[float, float] | None,
-        typer.Option(help="The same by each volume's percentiles [0.5 99.5].", rich_help_panel=SCANS),
+        typer.Option(help="The same by the percentiles of each volume and channel [0.5 99.5].", rich_help_panel=SCANS),
     ] = None,
     orientation: Annotated[str | None, typer.Option(help="Axis directions [RAS].", rich_help_panel=SCANS)] = None,
     crop_foreground: Annotated[
@@ -248,6 +262,7 @@ def preparation(
         "head": head,
         "patch": patch,
         "spacing": spacing,
+        "channel_grids": None if channel_grids is None else channel_grids.value,
         "intensity": intensity,
         "orientation": orientation,
         "crop_foreground": crop_foreground,
@@ -313,7 +328,10 @@ BasePath = Annotated[Path | None, typer.Option(help="Where the base is, if it wa
 ModelPath = Annotated[Path, typer.Argument(help="Adapter file (or base file), or the folder it is in.")]
 Labels = Annotated[
     list[str] | None,
-    typer.Option(help="Labels, by number or name; repeat or separate by commas. All, if left out."),
+    typer.Option(
+        help="Labels, by number or name; repeat or separate by commas. Regions that may overlap as NAME=1+2+3, those "
+        "that lie above later: WT=1+2+3,TC=2+3,ET=3. All, if left out."
+    ),
 ]
 PatientPattern = Annotated[
     str | None,

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from segraft.allocation import keep_freed_memory
-from segraft.cli.app import err, show_frame, show_json, show_line, show_notes, split
-from segraft.cli.options import Labels
+from segraft.cli.app import err, json_object, show_frame, show_json, show_line, show_notes, split
+from segraft.cli.options import Labels, NetworkArguments
 from segraft.cli.spreading import SpreadingCommand
 
 study = typer.Typer(help="Studies: grids of adaptations, each trained once, and their report.", add_completion=False)
@@ -25,6 +25,10 @@ def run(
         Path | None,
         typer.Option(help="Weights (.safetensors, .pt) of every base that names none, in place of pre-training."),
     ] = None,
+    base_labels: Annotated[
+        list[str] | None, typer.Option(help="Names of the outputs of these weights, in order; or btcv, fseft.")
+    ] = None,
+    network_args: NetworkArguments = None,
     labels: Labels = None,
     shots: Annotated[
         list[int] | None, typer.Option(help="Patients to adapt to, each number for itself: --shots 5 10.")
@@ -45,7 +49,8 @@ def run(
     `segraft study run few_shot --data dataset.json --weights foundation.pt --shots 5 10 --seeds 0 1 2 --out study`
     """
     from segraft.studies.reading import changed, read_study
-    from segraft.studies.report import write_study_report
+    from segraft.studies.report import results_of, write_study_report
+    from segraft.studies.run import told
     from segraft.studies.running import run_study
 
     keep_freed_memory()
@@ -57,11 +62,14 @@ def run(
         "test_patients": test_patients,
         "seeds": seeds or None,
     }
-    read = changed(read_study(name), given, weights=weights)
+    arguments = json_object(network_args, "--network-args")
+    read = changed(read_study(name), given, weights=weights, base_labels=split(base_labels), arguments=arguments)
     result = run_study(read, out, engine=engine, workers=workers, device=device, console=err)
     report = write_study_report(out)
-    show_notes([f"run {key} failed: {reason}" for key, reason in result.failures.items()])
-    show_line(f"{report}: {result.done} runs done, {result.before} before, {len(result.failures)} failed")
+    scores, _ = results_of(out)
+    show_notes([*scores.of_bases, *told(result.failures)])
+    waiting = f", {result.waiting} wait for a base" if result.waiting else ""
+    show_line(f"{report}: {result.done} runs done, {result.before} before, {len(result.failures)} failed{waiting}")
     if result.failures:
         raise typer.Exit(1)
 
@@ -77,6 +85,7 @@ def show(
     """
     from segraft.studies.report import as_json as everything
     from segraft.studies.report import results_of, tables_of, write_study_report
+    from segraft.studies.run import told
 
     scores, judgement = results_of(folder)
     report = write_study_report(folder)
@@ -85,5 +94,5 @@ def show(
         return
     for caption, frame in tables_of(scores, judgement):
         show_frame(frame, caption)
-    show_notes([*scores.plan.study.notes, *judgement.notes, *scores.failures.values()])
+    show_notes([*scores.plan.study.notes, *scores.of_bases, *judgement.notes, *told(scores.failures)])
     show_line(str(report))

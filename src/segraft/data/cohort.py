@@ -1,6 +1,7 @@
 """A cohort: the cases, labels and modalities that are found in one of the layouts that data sets are published in."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -10,6 +11,7 @@ from segraft.data.case import Case
 from segraft.data.labels import Labels, paint_values
 from segraft.data.layouts import read_layout
 from segraft.errors import SegraftError
+from segraft.structures import same_name
 
 __all__ = ["Case", "Cohort"]
 
@@ -65,7 +67,9 @@ class Cohort:
         return cls(listed.name, listed.path, listed.labels, listed.modalities, listed.cases, patient_pattern)
 
     def select_labels(self, asked: Sequence[str]) -> Labels:
-        """The labels asked for, by number or name (case does not matter), in the order asked; all if none is.
+        """The labels asked for, by number or name, in the order asked; all if none is.
+
+        Case does not matter, and a structure may be called as other data sets call it (`left kidney`, `kidney_left`).
 
         `name=1+2+3` asks for a region of that name, which covers several values of the cohort's masks, given as numbers
         or by their names. Where one is asked for so, all that are asked for are regions, which may overlap, and those
@@ -99,7 +103,9 @@ class Cohort:
         """The cohort's label of this number or name."""
         numbers = {name.casefold(): number for number, name in self.labels.items()}
         numbers |= {str(number): number for number in self.labels}
-        return numbers.get(label.strip().casefold())
+        alike = Counter(same_name(name) for name in self.labels.values())
+        structures = {same_name(name): n for n, name in self.labels.items() if alike[same_name(name)] == 1}
+        return numbers.get(label.strip().casefold(), structures.get(same_name(label)))
 
     def _covered(self, members: str) -> tuple[int, ...]:
         """The values of masks that the parts of a region cover: a number is a value, not a region of that number."""

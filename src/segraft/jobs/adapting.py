@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from segraft import adapters
-from segraft.adapters import AdapterSpec, ParameterTable, parameter_table
+from segraft.adapters import AdapterSpec, ParameterTable, parameter_table, parts_of
 from segraft.data.cohort import Cohort
 from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
@@ -20,10 +20,12 @@ from segraft.jobs.model import build_from_start, with_outputs
 from segraft.jobs.preparing import require_same_channels, require_same_order
 from segraft.jobs.run_folder import RunFolder, versions
 from segraft.jobs.training_set import training_set
-from segraft.networks import Base, load_base, load_checkpoint
+from segraft.networks import Base, load_base, load_checkpoint, read_base
 from segraft.networks.bases import FILE_NAME
 from segraft.networks.checkpoints import output_notes, untrained_notes
-from segraft.networks.heads import match_outputs, require_head, untrained_outputs
+from segraft.networks.encoder_files import require_segmenting
+from segraft.networks.heads import Outputs, match_outputs, require_head, untrained_outputs
+from segraft.structures import same_name
 from segraft.training.distributed import Team
 from segraft.training.fit import Fit, check_device, check_precision, fit
 from segraft.training.recomputation import regions
@@ -89,7 +91,9 @@ class BaseSource:
                     f"network arguments and names of outputs go with weights from elsewhere; the base {self.base} has "
                     f"its own: leave {option} out, or add --weights."
                 )
-        net, info = load_base(self.base)
+        info = read_base(self.base)
+        require_segmenting(info.path, info.record)
+        net, info = load_base(info.path)
         takes = info.arguments["in_channels"]
         require_same_channels(takes, cohort.channels, f"the base {info.path}", str(cohort.path))
         require_same_order(tuple(info.record.get("channels", ())), cohort.channels, str(info.path), str(cohort.path))
@@ -111,7 +115,17 @@ class BaseSource:
             preparation,
             Served.of(info.record),
             frozenset(new),
-            (*notes, *output_notes(outputs, labels)),
+            tuple(untrained.get("parts", ())),
+            (*notes, *self._by_position(outputs, labels, names), *output_notes(outputs, labels)),
+        )
+
+    def _by_position(self, outputs: Outputs | None, labels: Sequence[str], names: Sequence[str]) -> list[str]:
+        """That outputs go on under other names."""
+        other = [f"{old} as {new}" for old, new in zip(names, labels, strict=False) if same_name(old) != same_name(new)]
+        return (
+            [f"outputs of {self.base} that go on under other names: {', '.join(other)}."]
+            if other and outputs is None
+            else []
         )
 
     def _from_elsewhere(self, labels: tuple[str, ...], weights: str | Path, cohort: Cohort) -> "LoadedBase":
@@ -125,7 +139,7 @@ class BaseSource:
         if loaded.outputs is not None:
             described |= loaded.outputs.record()
             new = loaded.outputs.new
-        return LoadedBase(net, described, None, Served(), frozenset(new), loaded.notes(labels))
+        return LoadedBase(net, described, None, Served(), frozenset(new), loaded.untrained, loaded.notes(labels))
 
 
 @dataclass(frozen=True)
@@ -138,6 +152,7 @@ class LoadedBase:
         preparation: that it was trained with, where that is known.
         served: the images that trained it.
         new: places of the labels whose outputs start at random.
+        untrained: further parts of the network that do.
         notes: what the user should know of it.
     """
 
@@ -146,14 +161,23 @@ class LoadedBase:
     preparation: Preparation | None
     served: Served
     new: frozenset[int]
+    untrained: tuple[str, ...]
     notes: tuple[str, ...]
 
-    def require_trained_head(self, labels: Sequence[str]) -> None:
-        """Refuse, after grafting, an adapter that leaves outputs which start at random as they are.
+    def require_training(self, labels: Sequence[str]) -> None:
+        """Refuse, after grafting, an adapter that leaves as it is what starts at random.
 
         Raises:
-            SegraftError: naming their labels.
+            SegraftError: naming the part, or the labels of the outputs.
         """
+        trained = [name for name, value in self.net.named_parameters() if value.requires_grad]
+        for part in self.untrained:
+            prefixes = tuple(f"{prefix}." for prefix in parts_of(self.net)[part])
+            if not any(name.startswith(prefixes) for name in trained):
+                raise SegraftError(
+                    f"{self.described['path']} has no trained {part}, so it starts at random, but the adapter leaves "
+                    f"it frozen: train it, with --train {part}."
+                )
         if not self.new:
             return
         still = untrained_outputs(self.net, require_head(self.net, len(labels)), self.new)
@@ -224,7 +248,7 @@ def adapt(
     spec = _for_channels(spec, net)
     require_parts(net, spec.train)
     adapters.graft(net, spec, seed=settings.seed)
-    loaded.require_trained_head(tuple(asked.values()))
+    loaded.require_training(tuple(asked.values()))
     regions(net, settings.recompute)  # a wrong name is told before scans are read
     chosen = choose(cohort, shots, seed=settings.seed, avoid=loaded.served, purpose="to adapt to", console=console)
     given = training_set(

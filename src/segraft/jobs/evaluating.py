@@ -18,7 +18,7 @@ from segraft.jobs.model import Model, Segmentation, load_model
 from segraft.jobs.preparing import takes_missing_channels
 from segraft.jobs.run_folder import versions
 from segraft.jobs.watching import watched
-from segraft.networks.heads import same_name
+from segraft.structures import same_name
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,12 @@ def on_cohort(model: Model, cohort: Cohort, labels: Sequence[str]) -> tuple[Mode
     if model.labels.regions or known.regions:
         return _regions_on(model, cohort, theirs), ()
     shared = {value: theirs[same_name(name)] for value, name in model.labels.items() if same_name(name) in theirs}
-    by_value = set(model.labels) <= set(cohort.labels) and all(value == other for value, other in shared.items())
+    by_value = len(shared) == len(model.labels) and all(value == other for value, other in shared.items())
+    if not shared and cohort.cases[0].organs:  # where numbers are but places in the alphabet
+        raise SegraftError(
+            f"{cohort.path} has none of the labels of {model.source} ({', '.join(model.labels.values())}): say with "
+            "--labels which of its masks the outputs stand for."
+        )
     if by_value or not shared:
         asked = cohort.select_labels([str(value) for value in model.labels])
         return replace(model, labels=asked), ()

@@ -15,8 +15,9 @@ from segraft.jobs.run_folder import RunFolder, versions
 from segraft.networks import Loaded, load_checkpoint, save_base
 from segraft.networks.bases import FILE_NAME
 from segraft.networks.checkpoints import Contents, contents
-from segraft.networks.heads import BACKGROUND, same_name
+from segraft.networks.heads import BACKGROUND
 from segraft.networks.layouts import known_labels
+from segraft.structures import same_name
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def import_base(
     network: str,
     network_arguments: Mapping[str, Any] | None = None,
     labels: Sequence[str] = (),
+    without_head: Sequence[str] = (),
     preparation: Preparation | Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Imported:
@@ -60,6 +62,7 @@ def import_base(
         labels: names of the head's outputs, in order, or one word of `segraft.networks.layouts.KNOWN_LABELS`. Where
             their kind has names, also some of these: then only their outputs are taken. Where the weights have no head,
             the names of those that the base shall have, which start at random.
+        without_head: the same, for weights that turn out to have no head, where `labels` are none.
         preparation: that the weights were trained with, whole or only the fields that differ from the defaults. None:
             the base does not say how scans are prepared, so it segments only once it is adapted.
         overwrite: replace a base that is there.
@@ -73,7 +76,8 @@ def import_base(
     folder = RunFolder(Path(out), FILE_NAME, resume=False, overwrite=overwrite)
     arguments = {"in_channels": 1, "out_channels": 1, **(network_arguments or {})}
     found = contents(build_from_start(network, arguments), weights)
-    file_names, wanted = _names(found, known_labels(labels), weights)
+    given = known_labels(labels) or (() if found.outputs else tuple(without_head))
+    file_names, wanted = _names(found, given, weights)
     arguments["out_channels"] = len(wanted)
     net: nn.Module = build_from_start(network, arguments)
     loaded = load_checkpoint(net, weights, labels=wanted, names=file_names)
@@ -86,7 +90,7 @@ def import_base(
         "versions": versions(),
     }
     if settled is not None:
-        check_network(net, settled.patch, len(wanted))
+        check_network(net, settled.patch, len(wanted), arguments["in_channels"])
         record["preparation"] = settled.model_dump(mode="json")
     if loaded.kept:
         record["untrained"] = {"outputs": list(new), "parts": list(loaded.untrained)}

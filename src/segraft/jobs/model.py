@@ -23,8 +23,9 @@ from segraft.inference import label_map, sliding_probability
 from segraft.jobs.cases import Served
 from segraft.jobs.locating import file_in, holds_base
 from segraft.jobs.preparing import require_same_channels, takes_missing_channels
-from segraft.networks import NETWORKS, Base, Loaded, build, load_base, load_checkpoint
+from segraft.networks import NETWORKS, Base, Loaded, build, load_base, load_checkpoint, read_base
 from segraft.networks.bases import FILE_NAME
+from segraft.networks.encoder_files import holds_encoder, require_segmenting
 from segraft.networks.heads import START_SEED, Outputs, PickedOutputs, take_outputs
 from segraft.training.fit import check_device, check_precision
 
@@ -154,6 +155,8 @@ def load_model(
     """
     path = file_in(Path(path))
     if path.name == FILE_NAME:
+        info = read_base(path)
+        require_segmenting(info.path, info.record)
         net, info = load_base(path)
         record = dict(info.record)
         if record.get("untrained"):
@@ -195,7 +198,7 @@ def load_base_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> 
     if not where.is_file():
         raise SegraftError(f"the base of {header.path} is not at {where}: say where it is with --base.")
     outputs = Outputs.of(described)
-    if where.name == FILE_NAME or holds_base(where):
+    if (where.name == FILE_NAME or holds_base(where)) and not holds_encoder(read_base(where).record):
         net, info = load_base(where)
         return with_outputs(net, info, outputs), Served.of(info.record)
     net = build_from_start(described["network"], described["arguments"])
@@ -215,9 +218,12 @@ def build_from_start(network: str, arguments: Mapping[str, Any]) -> nn.Module:
 
     What weights from elsewhere do not hold stays at this start, and an adapter knows its base by a fingerprint of all.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(START_SEED)
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(START_SEED)  # of the CPU alone, where networks are built
+    try:
         return build_from(network, arguments)
+    finally:
+        torch.set_rng_state(before)
 
 
 def with_outputs(net: nn.Module, info: Base, outputs: Outputs | None) -> nn.Module:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,11 +17,18 @@ from torch import Tensor, nn
 
 from segraft.adapters.selection import parts_of
 from segraft.errors import SegraftError
+from segraft.networks.encoder_files import vit_arguments
 from segraft.networks.heads import Head, Outputs, find_head, head_rows, match_outputs, require_head
-from segraft.networks.layouts import CONTAINERS, OWN, PREFIXES, Layout, known_labels, recognise
+from segraft.networks.layouts import CONTAINERS, ENCODERS, OWN, PREFIXES, Layout, known_labels, recognise
 
-SWIN = "swinViT.patch_embed.proj.weight"
-"""A key that tells a SwinUNETR."""
+if TYPE_CHECKING:
+    from segraft.networks.bases import Base
+
+SWIN, VIT = ENCODERS["SwinUNETR"].key, ENCODERS["ViT"].key
+"""Keys that tell a SwinUNETR and a network with a ViT."""
+
+BASE_FILE = "base.safetensors"
+"""What is meant by a folder of weights."""
 
 _SCALAR: Any = np.float64(0).__reduce__()[0]
 
@@ -122,7 +129,7 @@ def contents(net: nn.Module, path: str | Path) -> Contents:
     Raises:
         SegraftError: missing, unreadable, or of another network.
     """
-    return _read(net, Path(path))[1]
+    return _read(net, weights_file(path))[1]
 
 
 def load_weights(net: nn.Module, path: str | Path) -> None:
@@ -136,7 +143,7 @@ def load_weights(net: nn.Module, path: str | Path) -> None:
     Raises:
         SegraftError: missing, unreadable, a pickle with more than data in it, or keys and shapes that do not fit.
     """
-    path, wanted = Path(path), net.state_dict()
+    path, wanted = weights_file(path), net.state_dict()
     tensors = unprefixed(read_tensors(path), wanted)
     _refuse_misfits(net, path, tensors, wanted, may_miss=())
     net.load_state_dict(tensors)
@@ -163,7 +170,7 @@ def load_checkpoint(
     Raises:
         SegraftError: as `load_weights`, for all that the file's kind must hold; or outputs that do not fit.
     """
-    path, wanted = Path(path), net.state_dict()
+    path, wanted = weights_file(path), net.state_dict()
     layout, found, used, unused = _read(net, path)
     kept = _left_at_start(net, wanted, used, layout)
     head = find_head(net)
@@ -178,7 +185,7 @@ def load_checkpoint(
     if outputs is not None:
         used |= head_rows(_settled_head(net, path, outputs, found.outputs), used, wanted, outputs)
     net.load_state_dict({**{key: wanted[key] for key in kept}, **used})
-    original, remarks = _merging(net, layout)
+    original, remarks = _merging(net, layout, _base_at(path))
     if found.outputs and outputs is not None and outputs.new and not known:
         text = (
             f"what its {found.outputs} outputs stand for is not known: name them with --base-labels to go on with them."
@@ -206,10 +213,10 @@ def _read(net: nn.Module, path: Path) -> tuple[Layout, Contents, dict[str, Tenso
     wanted = net.state_dict()
     tensors = unprefixed(read_tensors(path), wanted)
     layout = recognise(tensors)
-    if layout is not OWN and SWIN not in wanted:
+    if layout is not OWN and layout.encoder.key not in wanted:
         raise SegraftError(
-            f"{path} holds a SwinUNETR ({layout.name}), and the network is {type(net).__name__}: "
-            "name the network swin_unetr."
+            f"{path} holds a {layout.of} ({layout.name}), and the network is {type(net).__name__}: "
+            f"{layout.encoder.cure}."
         )
     used: dict[str, Tensor] = {}
     unused: Counter[str] = Counter()
@@ -221,8 +228,35 @@ def _read(net: nn.Module, path: Path) -> tuple[Layout, Contents, dict[str, Tenso
             unused[group] += 1
     head = find_head(net)
     outputs = 0 if head is None or head.keys[0] not in used else used[head.keys[0]].shape[0]
-    names = layout.outputs if len(layout.outputs) == outputs else ()
+    known = layout.outputs or _names_in(_base_at(path))
+    names = known if len(known) == outputs else ()
     return layout, Contents(layout.name, outputs, names), used, dict(unused)
+
+
+def _base_at(path: Path) -> "Base | None":
+    """What a file says of itself that is a base of Segraft, and so knows more than its tensors.
+
+    Raises:
+        SegraftError: parts of it were never trained, which its tensors do not tell.
+    """
+    from segraft.networks.bases import read_base
+
+    try:
+        base = read_base(path) if path.suffix == ".safetensors" else None
+    except SegraftError:
+        return None
+    if base is not None and base.record.get("untrained"):
+        raise SegraftError(f"{path} is a base of which parts were never trained: give it as --base, without --weights.")
+    return base
+
+
+def _names_in(base: "Base | None") -> tuple[str, ...]:
+    return () if base is None else tuple(str(name) for name in base.record.get("labels", {}).values())
+
+
+def weights_file(path: str | Path) -> Path:
+    """The file that is meant: of a folder its base file."""
+    return Path(path) / BASE_FILE if Path(path).is_dir() else Path(path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -350,7 +384,9 @@ def _refuse_misfits(
 
 
 def _in_words(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
-    """In which arguments a SwinUNETR differs from that of the file."""
+    """In which arguments a SwinUNETR or a ViT differs from that of the file."""
+    if VIT in wanted and VIT in tensors:
+        return _vit_in_words(vit_arguments(tensors), vit_arguments(wanted))
     if SWIN not in wanted or SWIN not in tensors:
         return []
     theirs, ours = _swin_arguments(tensors), _swin_arguments(wanted)
@@ -361,6 +397,19 @@ def _in_words(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> li
     return [f"{told} (give --network-args '{json.dumps(other)}')"]
 
 
+def _vit_in_words(theirs: Mapping[str, object], ours: Mapping[str, object]) -> list[str]:
+    cures = {
+        "patches": "give both the same img_size",
+        "in_channels": "take a network that encodes channels one by one (unetr_channelwise)",
+    }
+    return [
+        f"{name.replace('_', ' ')} {theirs[name]}, this network {ours.get(name)} "
+        f"({cures.get(name, f'give both the same {name}')})"
+        for name in theirs
+        if theirs[name] != ours.get(name)
+    ]
+
+
 def _swin_arguments(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     features, channels, *sizes = tensors[SWIN].shape
     table = tensors.get("swinViT.layers1.0.blocks.0.attn.relative_position_bias_table")
@@ -368,18 +417,18 @@ def _swin_arguments(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return {"feature_size": features, "in_channels": channels, **window}
 
 
-def _merging(net: nn.Module, layout: Layout) -> tuple[bool, tuple[str, ...]]:
+def _merging(net: nn.Module, layout: Layout, base: "Base | None") -> tuple[bool, tuple[str, ...]]:
     """Let a SwinUNETR compute as its weights were trained, where that is known, and say so."""
     if not any(name.startswith("swinViT") for name, _ in net.named_children()):
         return False, ()
-    from segraft.networks.swin import merge_as_before, merges_as_before, merges_as_now
+    from segraft.networks.swin import PATH, merge_as_before, merges_as_before, merges_as_now
 
-    if layout is not OWN:
+    if layout is not OWN or (base is not None and base.network in (PATH, "original_swin_unetr")):
         merge_as_before(net)
         if merges_as_before(net):
             return True, ("its tokens are joined as by MONAI before 1.5, with which it was trained.",)
         return False, ("its tokens are joined as the argument downsample says, and not as it was trained.",)
-    if not merges_as_now(net):
+    if base is not None or not merges_as_now(net):
         return False, ()
     remark = (
         "tokens are joined as by MONAI since 1.5; weights trained before, such as those published for BTCV, compute as "

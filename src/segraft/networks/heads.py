@@ -1,6 +1,5 @@
 """Heads for other labels: which outputs of a base a task's labels take, and rows for those that it has none for."""
 
-import re
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -11,36 +10,12 @@ from torch import Tensor, nn
 
 from segraft.adapters.selection import modules_by_name, parts_of
 from segraft.errors import SegraftError
+from segraft.structures import same_name
 
 START_SEED = 0
 """Of everything that a base starts at random, so that whoever rebuilds it gets the same fingerprint."""
 
 BACKGROUND = "background"
-
-SYNONYMS: tuple[tuple[str, ...], ...] = (
-    ("right kidney", "kidney right", "rkidney"),
-    ("left kidney", "kidney left", "lkidney"),
-    ("gallbladder", "gall bladder", "gall"),
-    ("esophagus", "oesophagus"),
-    ("inferior vena cava", "ivc", "postcava"),
-    ("portal and splenic veins", "portal vein and splenic vein", "psv"),
-    ("right adrenal gland", "adrenal gland right", "radrenal", "rag"),
-    ("left adrenal gland", "adrenal gland left", "ladrenal", "lag"),
-    ("bladder", "urinary bladder"),
-    ("prostate or uterus", "prostate/uterus", "prost ut"),
-    ("celiac trunk", "celiac truck"),
-    ("right lung", "rlung"),
-    ("left lung", "llung"),
-)
-"""Names of one structure in BTCV, AMOS, FLARE'22, TotalSegmentator and the few-shot paper's templates."""
-
-_FIRST_NAME = {name: names[0] for names in SYNONYMS for name in names}
-
-
-def same_name(name: str) -> str:
-    """What two names of one structure have in common: case, `_`, `-` and blanks do not count, nor do `SYNONYMS`."""
-    plain = " ".join(re.split(r"[\s_-]+", name.strip().casefold()))
-    return _FIRST_NAME.get(plain, plain)
 
 
 @dataclass(frozen=True)

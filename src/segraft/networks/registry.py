@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from segraft.adapters.selection import NAMED
 from segraft.errors import SegraftError
 from segraft.networks.multiview import MultiViewUNet
 from segraft.networks.unet import UNet
@@ -97,6 +98,9 @@ FOREIGN_PROJECTIONS: dict[str, dict[str, dict[str, str]]] = {
 }
 """Attention projections of such networks: class -> {projection: {expression on layer names: its rows, as 'j/n'}}."""
 
+NAMED["parts"].update(FOREIGN_PARTS)
+NAMED["projections"].update(FOREIGN_PROJECTIONS)
+
 
 def build(
     network: str, *, in_channels: int, out_channels: int, arguments: Mapping[str, Any] | None = None
@@ -131,10 +135,6 @@ def build(
         ) from error
     except Exception as error:
         raise SegraftError(f"network {network!r} refused its arguments {merged}: {error}.") from error
-    path = f"{type(net).__module__}.{type(net).__qualname__}"
-    for attribute, foreign in (("parts", FOREIGN_PARTS), ("projections", FOREIGN_PROJECTIONS)):
-        if path in foreign and not hasattr(net, attribute):
-            net.__dict__[attribute] = foreign[path]
     return net
 
 

@@ -1,5 +1,6 @@
 """Doing one run: training it, from where it was left, and testing it."""
 
+import json
 import re
 import time
 import traceback
@@ -41,7 +42,7 @@ from segraft.studies.run import (
 from segraft.training.module import NonFiniteLossError
 from segraft.training.settings import check_settings
 
-MASKS, LEVELLINGS = "masks", "levellings"
+MASKS, LEVELLINGS, NOTES = "masks", "levellings", "notes.json"
 CHECKPOINT = "last.ckpt"
 HALF_WRITTEN = re.compile(r"\.[0-9a-f]{12}\.")
 
@@ -102,18 +103,21 @@ def _pretrain(run: Run, folder: Path) -> dict[str, Any]:
 
 def _import(run: Run, folder: Path) -> dict[str, Any]:
     asked = run.identity
-    if not (folder / FILE_NAME).is_file():
+    if not (folder / NOTES).is_file():  # written last
         digest = digest_of(Path(run.data))
         if digest != asked["weights"]:
             raise SegraftError(f"the weights {run.data} have changed since the study was planned: plan it again.")
-        import_base(
+        made = import_base(
             run.data,
             folder,
             network=asked["network"],
             network_arguments=asked["arguments"],
             labels=asked["labels"],
+            without_head=asked["task"],
+            overwrite=True,
         )
-    return {"trained": None}
+        write_json(folder / NOTES, list(made.notes))
+    return {"trained": None, "notes": json.loads((folder / NOTES).read_text(encoding="utf-8"))}
 
 
 def _adapt(run: Run, folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from segraft.evaluation.statistics import best_arm, compare
-from segraft.studies.scores import Scores
+from segraft.studies.scores import Scores, counted
 from segraft.studies.spec import BEST_STRATEGY
 
 
@@ -57,9 +57,7 @@ def judge_shots(scores: Scores) -> ShotsJudgement:
         whole: dict[str, Standing] = {}
         for name in arms:
             if lacking := scores.lacking(name, shots):
-                notes.append(
-                    f"{name}, {shots} shots: {len(lacking)} of its runs have no result, so it is left out there."
-                )
+                notes.append(f"{name}, {shots} shots: {counted(len(lacking))}, so it is left out there.")
             else:
                 whole[name] = _standing(scores, name, shots, labels)
         dice = {name: standing.dice for name, standing in whole.items()}

@@ -11,7 +11,7 @@ from segraft.errors import SegraftError
 from segraft.evaluation.agreement import Agreement, agreement
 from segraft.evaluation.selection import best_on_all, nested, scores_of_choice
 from segraft.evaluation.statistics import best_arm, compare
-from segraft.studies.scores import Scores
+from segraft.studies.scores import Scores, counted
 from segraft.studies.spec import BEST_STRATEGY
 
 
@@ -70,7 +70,7 @@ def judge(scores: Scores) -> Judgement:
     whole = []
     for name in scores.plan.arms:
         if lacking := scores.lacking(name):
-            notes.append(f"{name}: {len(lacking)} of its runs have no result, so it is left out of the comparison.")
+            notes.append(f"{name}: {counted(len(lacking))}, so it is left out of the comparison.")
         else:
             whole.append(name)
     arms = scores.plan.arms

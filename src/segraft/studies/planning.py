@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -98,7 +98,11 @@ def plan(study: Study, runs: Runs, *, device: str = "auto", console: Console | N
     planned = []
     bases: dict[str, str] = {}
     for name, base in study.bases.items():
-        run = _imported(base) if base.weights is not None else _pretrained(study, base, cases, device, digests)
+        run = (
+            _imported(base, target.labels)
+            if base.weights is not None
+            else _pretrained(study, base, cases, device, digests)
+        )
         runs.add(run)
         bases[name] = run.key
         planned.append(Planned(run.key, name, seed=run.identity.get("settings", {}).get("seed", 0)))
@@ -180,8 +184,13 @@ class _Target:
         return Run("adapt", identity, where, pattern, train, test, base)
 
 
-def _imported(base: Base) -> Run:
-    """A base of weights from elsewhere, which are known by their bytes."""
+def _imported(base: Base, task: Mapping[int, str]) -> Run:
+    """A base of weights from elsewhere, which are known by their bytes.
+
+    Args:
+        base: of the study.
+        task: the labels of the study, which its outputs stand for where the weights have none.
+    """
     assert base.weights is not None  # noqa: S101
     identity = {
         "format": FORMAT,
@@ -189,9 +198,15 @@ def _imported(base: Base) -> Run:
         "network": base.network,
         "arguments": base.arguments,
         "labels": list(base.labels),
+        "task": list(task.values()),
         "weights": digest_of(base.weights),
     }
     return Run("import", identity, str(base.weights), None, ())
+
+
+def _folder(data: Path) -> Path:
+    """Where a cohort's files are, of its list or of the folder that it is."""
+    return data if data.is_dir() else data.parent
 
 
 def _pretrained(study: Study, base: Base, tested: Sequence[Case], device: str, digests: "_Digests") -> Run:
@@ -200,7 +215,7 @@ def _pretrained(study: Study, base: Base, tested: Sequence[Case], device: str, d
     patients = {case.patient for case in tested}
     cohort = Cohort.read(_given(study, "pretrain_data"), patient_pattern=study.patient_pattern)
     served = {case.patient for case in digests.watched(cohort.cases) if images_of(digests.image(case)) & taken}
-    if cohort.path.parent == Path(study.data or "").parent:
+    if _folder(cohort.path) == _folder(_given(study, "data")):
         served |= patients  # two lists of one folder: other scans of the same patients
     free = [case for case in cohort.cases if case.patient not in served]
     count = base.patients or len({case.patient for case in free})

@@ -1,6 +1,6 @@
 """Reading a study from YAML."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -75,13 +75,22 @@ def _merged(below: object, above: object) -> object:
     return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
 
 
-def changed(study: Study, given: Mapping[str, Any], *, weights: Path | None = None) -> Study:
+def changed(
+    study: Study,
+    given: Mapping[str, Any],
+    *,
+    weights: Path | None = None,
+    base_labels: Sequence[str] = (),
+    arguments: Mapping[str, Any] | None = None,
+) -> Study:
     """A study with what was said when it was called, checked as if the file had said it.
 
     Args:
         study: as read.
         given: field -> value; None leaves the study's own.
         weights: of every base that names none, which is then not pre-trained.
+        base_labels: names of the outputs of these weights.
+        arguments: of every network, beside its own.
 
     Raises:
         SegraftError: what `checked` refuses.
@@ -91,7 +100,12 @@ def changed(study: Study, given: Mapping[str, Any], *, weights: Path | None = No
     if weights is not None:
         for base in content["bases"].values():
             if base["weights"] is None:
-                base |= {"weights": weights, "training": {}, "patients": None}
+                names = tuple(base_labels) or base["labels"]
+                base |= {"weights": weights, "labels": names, "training": {}, "patients": None}
+    elif base_labels:
+        raise SegraftError("--base-labels name the outputs of weights from elsewhere: give --weights too.")
+    for base in content["bases"].values():
+        base["arguments"] = {**base["arguments"], **(arguments or {})}
     return checked(content, study.name)
 
 

@@ -27,7 +27,7 @@ from segraft.studies.folds_page import FoldsPage
 from segraft.studies.judging import judge
 from segraft.studies.pages import Page, Shown
 from segraft.studies.planning import PLAN, Plan
-from segraft.studies.run import Runs, write_json
+from segraft.studies.run import Runs, told, write_json
 from segraft.studies.scores import Scores, collect
 from segraft.studies.shots_page import ShotsPage
 
@@ -89,13 +89,12 @@ def write_study_report(out: Path) -> Path:
     with replacing(out / SCORES) as aside:
         scores.table.to_csv(aside, index=False, lineterminator="\n")
     write_json(out / RESULTS, as_json(scores, judgement))
-    failed = [f"{key} failed: {reason}" for key, reason in scores.failures.items()]
     waiting = [f"{len(scores.waiting)} runs are not done yet."] if scores.waiting else []
     return write_report(
         out / REPORT,
         title=study.title,
         lead=f"{study.about} {page.lead()}".strip(),
-        notes=[*study.notes, *page.notes(), *failed, *waiting, *drawn],
+        notes=[*study.notes, *scores.of_bases, *page.notes(), *told(scores.failures), *waiting, *drawn],
         tables=tables_of(scores, judgement),
         figures=figures,
         appendix=[("Runs: where each number comes from", tables.runs(scores))],

@@ -122,6 +122,17 @@ def failure_of(folder: Path) -> str | None:
     return None
 
 
+def told(failures: Mapping[str, str]) -> list[str]:
+    """Why runs failed, each reason once."""
+    reasons: dict[str, list[str]] = {}
+    for key, reason in failures.items():
+        reasons.setdefault(reason, []).append(key)
+    return [
+        f"run {keys[0]} failed: {reason}" if len(keys) == 1 else f"{len(keys)} runs failed ({keys[0]}, …): {reason}"
+        for reason, keys in reasons.items()
+    ]
+
+
 def write_json(path: Path, content: object) -> None:
     """Strict JSON, whole or not at all."""
     with replacing(path) as aside:

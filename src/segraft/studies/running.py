@@ -27,6 +27,7 @@ class Studied:
         done: runs done now.
         before: runs that were finished before.
         failures: key -> reason.
+        waiting: runs that were not tried, as their base failed.
     """
 
     path: Path
@@ -34,6 +35,7 @@ class Studied:
     done: int
     before: int
     failures: dict[str, str]
+    waiting: int = 0
 
 
 def run_study(
@@ -76,7 +78,9 @@ def run_study(
     left = [[runs.folder(key) for key in wave if not is_finished(runs.folder(key))] for wave in waves]
     if any(left):
         with ENGINES[engine](workers) as do:
-            for folders in left:
+            for wave in left:
+                # An adaptation whose base has failed waits until that is mended.
+                folders = [folder for folder in wave if _has_base(planned, runs, folder.name)]
                 for number, outcome in enumerate(do(folders), start=1):
                     outcomes.append(outcome)
                     if console is not None:
@@ -84,7 +88,13 @@ def run_study(
                         console.print(line, highlight=False, markup=False, soft_wrap=True)
     before = sum(map(len, waves)) - sum(map(len, left))
     failures = {outcome.key: outcome.failure for outcome in outcomes if outcome.failure}
-    return Studied(out, planned, len(outcomes) - len(failures), before, failures)
+    waiting = sum(map(len, left)) - len(outcomes)
+    return Studied(out, planned, len(outcomes) - len(failures), before, failures, waiting)
+
+
+def _has_base(planned: Plan, runs: Runs, key: str) -> bool:
+    base = next(run.base for run in planned.runs if run.key == key)
+    return base is None or is_finished(runs.folder(base))
 
 
 def _keys(planned: Plan, *, bases: bool) -> Sequence[str]:

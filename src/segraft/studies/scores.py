@@ -37,6 +37,16 @@ class Scores:
     waiting: tuple[str, ...]
 
     @property
+    def of_bases(self) -> list[str]:
+        """What is to be known of the bases, such as what was loaded of a checkpoint."""
+        return [
+            f"{run.arm}: {note}"
+            for run in self.plan.runs
+            if run.base is None
+            for note in self.finished.get(run.key, {}).get("notes", ())
+        ]
+
+    @property
     def missing(self) -> dict[str, list[Planned]]:
         """Arm -> its runs that have no result."""
         missing: dict[str, list[Planned]] = {}
@@ -123,6 +133,11 @@ class Scores:
 
 FIRST = ("run", "arm", "family", "method", "rank", "seed")
 METRICS = ("dice", "hausdorff95_mm", "volume_ml", "truth_ml")
+
+
+def counted(lacking: int) -> str:
+    """How many runs lack, in half a sentence."""
+    return "one of its runs has no result" if lacking == 1 else f"{lacking} of its runs have no result"
 
 
 def collect(plan: Plan, runs: Runs) -> Scores:

@@ -85,7 +85,8 @@ class History(Callback):
         used = ranks_in_use(pl_module.net) if isinstance(pl_module, SegmentationTask) else None
         if used is not None:
             self.ranks.append(used.mean)
-        if self.stop_when_converged and has_converged(self.losses):
+        may_stop = not isinstance(pl_module, SegmentationTask) or pl_module.ranks.may_stop
+        if self.stop_when_converged and may_stop and has_converged(self.losses):
             self.converged = trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -94,7 +95,7 @@ class History(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the checkpoint."""
-        self.losses, self.ranks = list(state_dict["losses"]), list(state_dict["ranks"])
+        self.losses, self.ranks = list(state_dict["losses"]), list(state_dict.get("ranks", ()))
         self.converged = bool(state_dict["converged"])
 
 

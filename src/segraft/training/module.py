@@ -183,4 +183,4 @@ class SegmentationTask(LightningModule):
         """Refuse a checkpoint of another network or adapter."""
         if {key: value.shape for key, value in checkpoint["state_dict"].items()} != self._kept():
             raise SegraftError("the checkpoint belongs to another network or adapter: start without --resume.")
-        self.ranks.load_state_dict(checkpoint["rank_control"])
+        self.ranks.load_state_dict(checkpoint.get("rank_control", {}))
