@@ -17,6 +17,7 @@ from segraft.errors import SegraftError
 from segraft.jobs.cases import Served, choose, read_cohort
 from segraft.jobs.locating import ADAPTER_FILE
 from segraft.jobs.model import build_from_start, with_outputs
+from segraft.jobs.params import for_channels
 from segraft.jobs.preparing import require_same_channels, require_same_order
 from segraft.jobs.run_folder import RunFolder, versions
 from segraft.jobs.training_set import training_set
@@ -245,7 +246,7 @@ def adapt(
     loaded = source.load(asked, cohort)
     net, described = loaded.net, loaded.described
     cohort = read_cohort(data, patient_pattern, loaded.served)
-    spec = _for_channels(spec, net)
+    spec = for_channels(spec, net)
     require_parts(net, spec.train)
     adapters.graft(net, spec, seed=settings.seed)
     loaded.require_training(tuple(asked.values()))
@@ -287,14 +288,6 @@ def adapt(
         training,
         (*loaded.notes, *chosen.notes),
     )
-
-
-def _for_channels(spec: AdapterSpec, net: nn.Module) -> AdapterSpec:
-    """Networks that encode their image's channels one at a time get a set of factors for each."""
-    channels = getattr(net, "image_channels", 1)
-    if channels == 1 or spec.channels > 1 or spec.factorisation is None:
-        return spec
-    return AdapterSpec.from_dict(spec.to_dict() | {"channels": channels})
 
 
 def _saved(net: nn.Module, path: Path, record: Mapping[str, Any]) -> int:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from segraft.adapters import AdapterSpec, ParameterTable, graft, parameter_table
 from segraft.networks import build
 from segraft.training.strategies import require_parts
@@ -27,4 +29,12 @@ def count(network: str, spec: AdapterSpec, arguments: Mapping[str, Any] | None =
     net = build(network, in_channels=1, out_channels=1, arguments=arguments)
     full = parameter_table(net.requires_grad_())
     require_parts(net, spec.train)
-    return Counted(parameter_table(graft(net, spec)), full)
+    return Counted(parameter_table(graft(net, for_channels(spec, net))), full)
+
+
+def for_channels(spec: AdapterSpec, net: nn.Module) -> AdapterSpec:
+    """Networks that encode their image's channels one at a time get a set of factors for each."""
+    channels = getattr(net, "image_channels", 1)
+    if channels == 1 or spec.channels > 1 or spec.factorisation is None:
+        return spec
+    return AdapterSpec.from_dict(spec.to_dict() | {"channels": channels})
