@@ -178,7 +178,7 @@ def test_the_reference_may_be_the_best_arm_without_an_adapter(tmp_path):
 def test_what_is_missing_is_named_and_left_out_where_it_is_missing(tmp_path):
     gone, broken = "arena_8_(swin)_5_4", "lora_8_(swin)_2_0"
     _, first, judgement = results_of_written(tmp_path, without=[gone], failed=[broken])
-    assert f"{ARENA}, 5 shots: 1 of its runs" in " ".join(judgement.notes)
+    assert f"{ARENA}, 5 shots: one of its runs" in " ".join(judgement.notes)
     assert "2 shots: the tests' reference, lora 8 (swin), has no complete result" in " ".join(judgement.notes)
     assert first.loc[ARENA, "5 shots"] == first.loc[LORA, "2 shots"] == "–"
     assert "–" not in (first.loc[ARENA, "2 shots"], first.loc[LORA, "5 shots"])
