@@ -32,7 +32,7 @@ def test_python(tmp_path, monkeypatch):
 def test_tour(real_data, tmp_path, monkeypatch):
     """Every command of the tour, with one epoch and few cases."""
     monkeypatch.chdir(tmp_path)
-    (tour,) = (block for block in blocks("") if "segraft pretrain" in block)
+    (tour,) = (block for block in blocks("") if "segraft evaluate" in block)
     shorter = {r"--epochs \d+": "--epochs 1", "--cases 60": "--cases 4", "--cases 40": "--cases 2"}
     text = tour.replace("\\\n", " ").replace("D/", f"{real_data / 'hippocampus'}/")
     for pattern, instead in shorter.items():
