@@ -1,6 +1,7 @@
 """The command line. Commands only translate: options in, one call of `segraft.jobs`, tables or JSON out."""
 
 import json
+import os
 import sys
 
 from segraft.cli.app import app
@@ -22,6 +23,15 @@ app.command("import")(import_)
 app.add_typer(study, name="study")
 
 
+def _leave_others() -> None:
+    """End here where processes train together: their connections' threads do not always survive an orderly end."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
+
+
 def main() -> None:
     """Run the command line; bad input is one sentence on standard error and exit code 2."""
     try:
@@ -38,4 +48,5 @@ def main() -> None:
         raise SystemExit(2) from None
     if code == INTERRUPTED:
         print("segraft: interrupted; a training (pretrain, adapt) goes on with --resume.", file=sys.stderr)  # noqa: T201
+        _leave_others()
     raise SystemExit(code)
