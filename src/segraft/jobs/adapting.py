@@ -186,7 +186,7 @@ class LoadedBase:
             raise SegraftError(
                 f"{self.described['path']} has no trained output for {', '.join(labels[place] for place in still)}, so "
                 "it starts at random, but the adapter leaves the head frozen: train it, with --train head or --train "
-                "decoder."
+                "decoder (or, where the outputs of weights are of unknown labels, name them with --base-labels)."
             )
 
 
