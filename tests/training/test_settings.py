@@ -46,7 +46,7 @@ def test_a_wrong_value_is_one_sentence(name, value):
 
 
 def test_groups_of_patches_are_for_one_process():
-    with pytest.raises(SegraftError, match="patches_at_once is for one process"):
+    with pytest.raises(SegraftError, match=r"^training settings: patches_at_once is for one process"):
         check_settings(patches_at_once=1, devices=2)
 
 

@@ -4,14 +4,13 @@ import math
 from typing import Any, Self
 
 import torch
-from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor, nn
 
-from segraft.errors import SegraftError
 from segraft.networks.mae import MaskedAutoencoder
 from segraft.training.distributed import Together
 from segraft.training.module import NonFiniteLossError, SegmentationTask
-from segraft.training.settings import TrainingSettings
+from segraft.training.settings import TrainingSettings, checked_as
 
 OF_LABELS = ("loss", "contrast_copies", "foreground")
 """Settings that mean nothing without labels."""
@@ -51,15 +50,9 @@ def check_masked_settings(**values: object) -> MaskedSettings:
     """`MaskedSettings` of these values.
 
     Raises:
-        SegraftError: one sentence on the first value that does not fit.
+        SegraftError: as `checked_as`.
     """
-    try:
-        return MaskedSettings(**values)  # type: ignore[arg-type]
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        what = f"training setting {name} = {first['input']!r}" if name else "training settings"
-        raise SegraftError(f"{what}: {first['msg'].removeprefix('Value error, ')}.") from error
+    return checked_as(MaskedSettings, values)
 
 
 class MaskedTask(SegmentationTask):

@@ -1,7 +1,7 @@
 """How a training runs: values that a user sets, checked in one place."""
 
-from collections.abc import Collection
-from typing import Any, Literal, Self
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -102,15 +102,28 @@ class TrainingSettings(BaseModel):
         return value
 
 
+Settings = TypeVar("Settings", bound=TrainingSettings)
+
+
+def checked_as(kind: type[Settings], values: Mapping[str, object]) -> Settings:
+    """Settings of a kind with these values.
+
+    Raises:
+        SegraftError: one sentence on the first value that does not fit, or on values that do not fit together.
+    """
+    try:
+        return kind(**values)  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        what = f"training setting {name} = {first['input']!r}" if name else "training settings"
+        raise SegraftError(f"{what}: {first['msg'].removeprefix('Value error, ')}.") from error
+
+
 def check_settings(**values: object) -> TrainingSettings:
     """`TrainingSettings` of these values.
 
     Raises:
-        SegraftError: one sentence on the first value that does not fit.
+        SegraftError: as `checked_as`.
     """
-    try:
-        return TrainingSettings(**values)  # type: ignore[arg-type]
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise SegraftError(f"training setting {name} = {first['input']!r}: {first['msg']}.") from error
+    return checked_as(TrainingSettings, values)
