@@ -9,6 +9,7 @@ from torch import nn
 
 from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
+from segraft.jobs.cases import Served
 from segraft.jobs.model import build_from_start, named_as_loaded
 from segraft.jobs.preparing import check_network, checked
 from segraft.jobs.run_folder import RunFolder, versions
@@ -88,6 +89,7 @@ def import_base(
         "labels": {str(number): name for number, name in enumerate(wanted, start=1)},
         "imported": {"weights": weights.name, "layout": loaded.layout, "tensors": loaded.tensors},
         "versions": versions(),
+        **Served.by_weights(weights).record(),
     }
     if settled is not None:
         check_network(net, settled.patch, len(wanted), arguments["in_channels"])
