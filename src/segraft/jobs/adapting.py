@@ -222,7 +222,8 @@ def adapt(
         labels: numbers or names; none means all of the cohort.
         shots: patients to draw, of those that did not train the base where there are enough; or the ids of the cases
             to take; None means all, of which those that trained the base with labels are left out.
-        preparation: of the scans, whole or only the fields that differ from the base's.
+        preparation: of the scans, whole or only the fields that differ from the base's; `intensity` may be
+            given by the channel (see `by_channel`).
         settings: of the training; None means the defaults, changed as `ADAPTING` says.
         patient_pattern: regular expression whose first group, searched in a case's id, is the patient.
         resume: go on after the last finished epoch, exactly.
