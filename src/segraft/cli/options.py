@@ -160,7 +160,8 @@ def training(
         bool | None,
         typer.Option(
             "--stop-when-converged/--all-epochs",
-            help="Stop when the training loss gained no more than 1 % in 20 epochs [adapt: yes, pretrain: no].",
+            help="Stop when the training loss gained no more than 1 % in 20 epochs [adapt: yes, but not "
+            "with onecycle; pretrain: no].",
             rich_help_panel=TRAINING,
         ),
     ] = None,

@@ -25,16 +25,23 @@ class Scan:
         names: of its channels; of a single one perhaps empty.
         files: of its channels, None where one is missing; all the same where one file holds them.
         channels: images [X, Y, Z], None where one is missing. They need not lie on one grid.
+        own: the image whose grid the scan's masks have, where its channels were put in another order since; else None.
     """
 
     who: str
     names: tuple[str, ...]
     files: tuple[Path | None, ...]
     channels: tuple[nib.Nifti1Image | None, ...]
+    own: nib.Nifti1Image | None = None
+
+    @property
+    def grid(self) -> nib.Nifti1Image:
+        """The image whose grid the scan's masks have: the first channel that is there, as the scan is stored."""
+        return self.first if self.own is None else self.own
 
     @property
     def first(self) -> nib.Nifti1Image:
-        """The first channel that is there: its grid is the scan's."""
+        """The first channel that is there: what a network sees is on its grid."""
         return next(channel for channel in self.channels if channel is not None)
 
     @property
@@ -65,6 +72,7 @@ class Scan:
             tuple(names),
             tuple(self.files[place] for place in places),
             tuple(self.channels[place] for place in places),
+            self.grid,
         )
 
 

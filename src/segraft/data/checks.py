@@ -66,7 +66,10 @@ def _check_values(image: nib.Nifti1Image, told: str) -> None:
     if not (np.isfinite(low) and np.isfinite(high)):
         raise SegraftError(f"{told} holds NaN or infinite values: replace them or export it again.")
     if low == high:
-        raise SegraftError(f"{told} is constant, every voxel is {low:g}: export it again or leave it out.")
+        raise SegraftError(
+            f"{told} is constant, every voxel is {low:g}: export it again or leave it out (of a scan of several "
+            "channels, name null in its place where it is missing)."
+        )
 
 
 def load_case(case: Case, asked: Collection[int] | None = None) -> tuple[Scan, nib.Nifti1Image]:

@@ -75,8 +75,8 @@ def predict(
     results = []
     for case, mask_path in watched("segmenting", console)(list(zip(cases, masks, strict=True))):
         found = model.segment(case, device=device, precision=precision)
-        write_mask(found.mask, found.scan.first, mask_path)
-        spacing = spacing_of(found.scan.first.affine)
+        write_mask(found.mask, found.scan.grid, mask_path)
+        spacing = spacing_of(found.scan.grid.affine)
         volumes = {name: volume_ml(found.plane(value), spacing) for value, name in model.labels.items()}
         results.append(Predicted(case.image, mask_path, volumes))
     return results
