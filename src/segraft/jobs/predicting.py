@@ -65,8 +65,8 @@ def predict(
     if not isinstance(model, Model):
         model = load_model(model, base=base, fold=fold)
     files = [_named(model, channels)] if channels else _files(model, paths)
-    masks = _mask_paths(files, Path(out), single=len(files) == 1 and paths == given)
     several = model.channels if len(model.channels) > 1 else ()
+    masks = _mask_paths(files, several, Path(out), single=len(files) == 1 and paths == given)
     names = [scan_name([None if file is None else str(file) for file in each], several) for each in files]
     cases = [model.case(name, each) for name, each in zip(names, files, strict=True)]
     # All of them before any is segmented, so that a bad one leaves no part of the masks.
@@ -107,13 +107,15 @@ def _named(model: Model, channels: Mapping[str, str | Path]) -> tuple[Path | Non
     return tuple(named.get(name) for name in known)
 
 
-def _mask_paths(files: Sequence[tuple[Path | None, ...]], out: Path, *, single: bool) -> list[Path]:
+def _mask_paths(
+    files: Sequence[tuple[Path | None, ...]], channels: Sequence[str], out: Path, *, single: bool
+) -> list[Path]:
     is_file = out.name.endswith((".nii", ".nii.gz"))
     if is_file and not single:
         raise SegraftError(f"{len(files)} scans need a folder to write to, but {out} is a file name.")
     if single and not is_file and out.suffix and not out.is_dir():
         raise SegraftError(f"{out} is no NIfTI name: let the mask end in .nii.gz, or name a folder.")
-    masks = [out] if is_file else [out / _mask_name(each) for each in files]
+    masks = [out] if is_file else [out / _mask_name(each, channels) for each in files]
     for each, mask in zip(files, masks, strict=True):
         for scan in filter(None, each):
             if mask.resolve() == scan.resolve():
@@ -126,9 +128,9 @@ def _mask_paths(files: Sequence[tuple[Path | None, ...]], out: Path, *, single: 
     return masks
 
 
-def _mask_name(files: tuple[Path | None, ...]) -> str:
+def _mask_name(files: tuple[Path | None, ...], channels: Sequence[str]) -> str:
     """As the scan is called."""
     there = [file for file in files if file is not None]
     if len(files) == 1:
         return mask_name(there[0])
-    return f"{scan_name([None if file is None else file.as_posix() for file in files], ())}.nii.gz"
+    return f"{scan_name([None if file is None else file.as_posix() for file in files], channels)}.nii.gz"
