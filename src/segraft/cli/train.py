@@ -182,7 +182,24 @@ def adapt(
     network_args: NetworkArguments = None,
     base_labels: Annotated[
         list[str] | None,
-        typer.Option(help="What the outputs of --weights stand for, in order, or btcv; where they do not say."),
+        typer.Option(
+            help="What the outputs of the base stand for, in order (of --weights also btcv), where it does not say, or "
+            "names them otherwise than your data."
+        ),
+    ] = None,
+    new_labels: Annotated[
+        list[str] | None,
+        typer.Option(help="Labels whose outputs start new although the base has outputs for them; or all."),
+    ] = None,
+    inputs: Annotated[
+        str | None,
+        typer.Option(
+            help="Let the first layers take other channels than the base's: those of the same name keep their weights; "
+            "how others start: share (what the base's other channels had), zero, or mean."
+        ),
+    ] = None,
+    base_channels: Annotated[
+        list[str] | None, typer.Option(help="What the channels of the base are, in order, where it does not say.")
     ] = None,
     labels: Labels = None,
     shots: Annotated[int | None, typer.Option(help="Patients to draw; all, if left out.")] = None,
@@ -204,7 +221,16 @@ def adapt(
     _settle_memory(training)
     with _first_process_reports():
         result = job(
-            BaseSource(base, weights, json_object(network_args, "--network-args"), split(base_labels), fold),
+            BaseSource(
+                base,
+                weights,
+                json_object(network_args, "--network-args"),
+                split(base_labels),
+                fold,
+                split(new_labels),
+                inputs,
+                split(base_channels),
+            ),
             data,
             out,
             spec=spec,

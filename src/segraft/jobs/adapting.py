@@ -1,7 +1,9 @@
 """Adapting a base to a new task from a few labelled scans."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,19 @@ from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
 from segraft.exchange.opening import open_base, require_no_fold, scheme_of
 from segraft.jobs.cases import Served, choose, read_cohort
+from segraft.jobs.inputs import CURE, channels_held, prepared_for, settle_inputs
 from segraft.jobs.locating import ADAPTER_FILE
-from segraft.jobs.model import build_from_start, with_outputs
+from segraft.jobs.model import build_from_start, with_inputs, with_outputs
 from segraft.jobs.params import for_channels
-from segraft.jobs.preparing import require_same_channels, require_same_order
+from segraft.jobs.preparing import require_same_channels
 from segraft.jobs.run_folder import RunFolder, versions
 from segraft.jobs.training_set import training_set
 from segraft.networks import Base, load_base, load_checkpoint, read_base
 from segraft.networks.bases import FILE_NAME
-from segraft.networks.checkpoints import output_notes, untrained_notes
+from segraft.networks.checkpoints import output_notes, position_notes, untrained_notes
 from segraft.networks.encoder_files import require_segmenting
-from segraft.networks.heads import Outputs, match_outputs, require_head, untrained_outputs
+from segraft.networks.heads import match_outputs, require_head, untrained_outputs
+from segraft.networks.inputs import Inputs, unseen
 from segraft.structures import same_name
 from segraft.training.distributed import Team
 from segraft.training.fit import Fit, check_device, check_precision, fit
@@ -70,9 +74,14 @@ class BaseSource:
             `package.module:Class`) with `weights`.
         weights: of such a network, of any kind that `segraft.networks.load_checkpoint` reads.
         arguments: keyword arguments of such a network.
-        labels: what the outputs of such weights stand for, in order, or one word of `segraft.networks.layouts`
-            (`btcv`); none: as the weights' kind says, where it does.
+        labels: what the base's outputs stand for, in order, or, of such weights, one word of `segraft.networks.layouts`
+            (`btcv`); none: as the base says, or the weights' kind, where it does.
         fold: of a network of another tool that has several.
+        new_labels: labels of the task, by number or name, whose outputs start new although the base may have them, or
+            `all`.
+        inputs: let the first layers take other channels than the base's; how those start that it has not got, a key of
+            `segraft.networks.inputs.STARTS`. None: the scans must have as many channels as the base.
+        channels: names of the base's channels, in order; none: as the base says, where it does.
     """
 
     base: str | Path
@@ -80,12 +89,16 @@ class BaseSource:
     arguments: Mapping[str, Any] | None = None
     labels: Sequence[str] = ()
     fold: str | None = None
+    new_labels: Sequence[str] = ()
+    inputs: str | None = None
+    channels: Sequence[str] = ()
 
     def load(self, labels: Mapping[int, str], cohort: Cohort) -> "LoadedBase":
         """The network, with one output for each of the new task's labels, for images of the cohort's channels.
 
         A label takes the output of its name. Where no name is the same and there are as many, outputs map by position;
-        else the labels that the base does not have get outputs that start new, which the adapter must train.
+        else the labels that the base does not have get outputs that start new, which the adapter must train. So do
+        those that were asked to. Channels are the base's, unless `inputs` allows others.
 
         Args:
             labels: value -> name.
@@ -94,75 +107,100 @@ class BaseSource:
         Raises:
             SegraftError: it does not exist, does not fit, takes other channels, or its outputs cannot be exchanged.
         """
-        asked = tuple(labels.values())
+        asked, fresh = tuple(labels.values()), self._fresh(labels)
         if self.weights is None and scheme_of(self.base):
-            return self._of_another_tool(asked, cohort)
+            return self._of_another_tool(asked, fresh, cohort)
         require_no_fold(self.fold, self.base)
         if self.weights is None:
-            return self._of_ours(asked, cohort)
-        return self._from_elsewhere(asked, self.weights, cohort)
+            return self._of_ours(asked, fresh, cohort)
+        return self._from_elsewhere(asked, fresh, self.weights, cohort)
 
-    def _of_another_tool(self, labels: tuple[str, ...], cohort: Cohort) -> "LoadedBase":
+    def _fresh(self, labels: Mapping[int, str]) -> frozenset[int]:
+        """Places of the labels that were asked to start new."""
+        if [text.casefold() for text in self.new_labels] == ["all"]:
+            return frozenset(range(len(labels)))
+        known = {same_name(name): place for place, name in enumerate(labels.values())}
+        known |= {str(value): place for place, value in enumerate(labels)}
+        unknown = [text for text in self.new_labels if same_name(text) not in known]
+        if unknown:
+            raise SegraftError(
+                f"{unknown[0]!r} shall start new, but is none of the labels {', '.join(labels.values())}: name labels "
+                "that are asked for, or all."
+            )
+        return frozenset(known[same_name(text)] for text in self.new_labels)
+
+    def _of_another_tool(self, labels: tuple[str, ...], fresh: AbstractSet[int], cohort: Cohort) -> "LoadedBase":
         self._refuse_what_it_has()
         opened = open_base(self.base, fold=self.fold)
-        require_same_channels(len(opened.channels), cohort.channels, f"the base {self.base}", str(cohort.path))
-        require_same_order(opened.channels, cohort.channels, str(self.base), str(cohort.path))
+        names = self.channels or opened.channels
+        inputs, notes = settle_inputs(len(opened.channels), names, cohort, self.inputs, f"the base {self.base}")
         arguments = {**opened.arguments, "out_channels": len(labels)}
-        loaded = self._with_weights(opened.network, arguments, opened.weights, labels, opened.outputs)
-        return replace(loaded, preparation=opened.preparation, notes=(*opened.notes, *loaded.notes))
+        outputs = self.labels or opened.outputs
+        loaded = self._with_weights(opened.network, arguments, opened.weights, labels, outputs, fresh, inputs)
+        preparation = prepared_for(opened.preparation, inputs)
+        return replace(loaded, preparation=preparation, notes=(*opened.notes, *notes, *loaded.notes))
 
     def _refuse_what_it_has(self) -> None:
-        for given, option in ((self.arguments, "--network-args"), (self.labels, "--base-labels")):
-            if given:
-                raise SegraftError(
-                    f"network arguments and names of outputs go with weights from elsewhere; the base {self.base} has "
-                    f"its own: leave {option} out, or add --weights."
-                )
+        if self.arguments:
+            raise SegraftError(
+                f"network arguments go with weights from elsewhere; the base {self.base} has its own: leave "
+                "--network-args out, or add --weights."
+            )
 
-    def _of_ours(self, labels: tuple[str, ...], cohort: Cohort) -> "LoadedBase":
+    def _of_ours(self, labels: tuple[str, ...], fresh: AbstractSet[int], cohort: Cohort) -> "LoadedBase":
         self._refuse_what_it_has()
         info = read_base(self.base)
         require_segmenting(info.path, info.record)
         net, info = load_base(info.path)
-        takes = info.arguments["in_channels"]
-        require_same_channels(takes, cohort.channels, f"the base {info.path}", str(cohort.path))
-        require_same_order(tuple(info.record.get("channels", ())), cohort.channels, str(info.path), str(cohort.path))
+        channels = self.channels or tuple(info.record.get("channels", ()))
+        takes, who = info.arguments["in_channels"], f"the base {info.path}"
+        inputs, channel_notes = settle_inputs(takes, channels, cohort, self.inputs, who)
         described = {"network": info.network, "arguments": info.arguments, "path": str(info.path)}
         recorded = info.record.get("preparation")
         preparation = None if recorded is None else Preparation.from_record(recorded, info.path)
-        names, count = _names(info), info.arguments["out_channels"]
-        outputs = match_outputs(labels, names, count)
+        names, count = tuple(self.labels) or _names(info), info.arguments["out_channels"]
+        outputs = match_outputs(labels, names, count, fresh)
         if outputs is not None:
             described |= outputs.record()
             net = with_outputs(net, info, outputs)
+        net, seeing = with_inputs(net, info.network, info.arguments | {"out_channels": len(labels)}, inputs)
+        described |= {} if inputs is None else inputs.record()
         untrained = info.record.get("untrained", {})
         rows = range(count) if outputs is None else outputs.rows
         new = {place for place, row in enumerate(rows) if row is None or row in untrained.get("outputs", ())}
         notes = untrained_notes(untrained.get("parts", ()))
+        by_position = position_notes(str(self.base), names, labels) if outputs is None else ()
         return LoadedBase(
             net,
             described,
-            preparation,
+            prepared_for(preparation, inputs),
             Served.of(info.record),
             frozenset(new),
             tuple(untrained.get("parts", ())),
-            (*notes, *self._by_position(outputs, labels, names), *output_notes(outputs, labels)),
+            (*notes, *by_position, *output_notes(outputs, labels, fresh), *channel_notes),
+            inputs,
+            seeing,
         )
 
-    def _by_position(self, outputs: Outputs | None, labels: Sequence[str], names: Sequence[str]) -> list[str]:
-        """That outputs go on under other names."""
-        other = [f"{old} as {new}" for old, new in zip(names, labels, strict=False) if same_name(old) != same_name(new)]
-        return (
-            [f"outputs of {self.base} that go on under other names: {', '.join(other)}."]
-            if other and outputs is None
-            else []
+    def _from_elsewhere(
+        self, labels: tuple[str, ...], fresh: AbstractSet[int], weights: str | Path, cohort: Cohort
+    ) -> "LoadedBase":
+        network, known = str(self.base), {"in_channels": len(self.channels)} if self.channels else {}
+        given = {**known, **(self.arguments or {})}
+        arguments = {"in_channels": len(cohort.channels), "out_channels": len(labels), **given}
+        if self.inputs is not None and "in_channels" not in given:
+            arguments["in_channels"] = channels_held(network, arguments, weights) or arguments["in_channels"]
+        inputs, notes = settle_inputs(
+            arguments["in_channels"], self.channels, cohort, self.inputs, f"the network {network}"
         )
-
-    def _from_elsewhere(self, labels: tuple[str, ...], weights: str | Path, cohort: Cohort) -> "LoadedBase":
-        channels = cohort.channels
-        arguments = {"in_channels": len(channels), "out_channels": len(labels), **(self.arguments or {})}
-        require_same_channels(arguments["in_channels"], channels, f"the network {self.base}", str(cohort.path))
-        return self._with_weights(str(self.base), arguments, weights, labels, self.labels)
+        try:
+            loaded = self._with_weights(network, arguments, weights, labels, self.labels, fresh, inputs)
+        except SegraftError:
+            held = None if self.inputs or "in_channels" in given else channels_held(network, arguments, weights)
+            if held is not None:  # the likeliest misfit, in plain words
+                require_same_channels(held, cohort.channels, str(weights), str(cohort.path), CURE)
+            raise
+        return replace(loaded, notes=(*loaded.notes, *notes))
 
     def _with_weights(
         self,
@@ -171,16 +209,20 @@ class BaseSource:
         weights: str | Path,
         labels: tuple[str, ...],
         names: Sequence[str],
+        fresh: AbstractSet[int],
+        inputs: Inputs | None,
     ) -> "LoadedBase":
         net = build_from_start(network, arguments)
-        loaded = load_checkpoint(net, weights, labels=labels, names=names)
+        loaded = load_checkpoint(net, weights, labels=labels, names=names, fresh=fresh)
         described = {"network": network, "arguments": dict(arguments), "path": str(weights)}
         new: tuple[int, ...] = ()
         if loaded.outputs is not None:
             described |= loaded.outputs.record()
             new = loaded.outputs.new
-        served = Served.by_weights(weights)
-        return LoadedBase(net, described, None, served, frozenset(new), loaded.untrained, loaded.notes(labels))
+        net, seeing = with_inputs(net, network, arguments, inputs)
+        described |= {} if inputs is None else inputs.record()
+        served, notes = Served.by_weights(weights), loaded.notes(labels, fresh)
+        return LoadedBase(net, described, None, served, frozenset(new), loaded.untrained, notes, inputs, seeing)
 
 
 @dataclass(frozen=True)
@@ -195,6 +237,8 @@ class LoadedBase:
         new: places of the labels whose outputs start at random.
         untrained: further parts of the network that do.
         notes: what the user should know of it.
+        inputs: channels that the task's images take of it; None: its own.
+        seeing: keys of the weights that see the image, where those changed.
     """
 
     net: nn.Module
@@ -204,12 +248,14 @@ class LoadedBase:
     new: frozenset[int]
     untrained: tuple[str, ...]
     notes: tuple[str, ...]
+    inputs: Inputs | None = None
+    seeing: tuple[str, ...] = ()
 
-    def require_training(self, labels: Sequence[str]) -> None:
+    def require_training(self, labels: Sequence[str], channels: Sequence[str]) -> None:
         """Refuse, after grafting, an adapter that leaves as it is what starts at random.
 
         Raises:
-            SegraftError: naming the part, or the labels of the outputs.
+            SegraftError: naming the part, the labels of the outputs, or the channels that would never be seen.
         """
         trained = [name for name, value in self.net.named_parameters() if value.requires_grad]
         for part in self.untrained:
@@ -218,6 +264,15 @@ class LoadedBase:
                 raise SegraftError(
                     f"{self.described['path']} has no trained {part}, so it starts at random, but the adapter leaves "
                     f"it frozen: train it, with --train {part}."
+                )
+        for key in self.seeing if self.inputs else ():
+            blind = unseen(self.net, key, self.inputs.new) if self.inputs else []
+            if blind:
+                layer = key.rpartition(".")[0]
+                raise SegraftError(
+                    f"the layer {layer!r} would never see {', '.join(channels[place] for place in blind)}, as its "
+                    "weights for that start at zero and the adapter leaves them frozen: train it, with --train "
+                    f"'{re.escape(layer)}', or start with --inputs mean."
                 )
         if not self.new:
             return
@@ -290,7 +345,7 @@ def adapt(
     spec = for_channels(spec, net)
     require_parts(net, spec.train)
     adapters.graft(net, spec, seed=settings.seed)
-    loaded.require_training(tuple(asked.values()))
+    loaded.require_training(tuple(asked.values()), cohort.channels)
     regions(net, settings.recompute)  # a wrong name is told before scans are read
     # Scans whose labels nobody has read yet train as well as others: only a draw prefers those that are new.
     avoid = None if shots is None and loaded.served.unlabelled else loaded.served

@@ -11,7 +11,7 @@ from segraft.atomic import replacing_folder
 from segraft.errors import SegraftError
 from segraft.exchange.formats import Finished, exporter
 from segraft.jobs.locating import file_in, holds_base
-from segraft.jobs.model import base_file_of, load_base_of, load_model
+from segraft.jobs.model import base_file_of, image_channels, load_base_of, load_model
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def finished_adapter(adapter: str | Path, base: str | Path | None = None) -> Fin
         header=header,
         base=base_file_of(header, base),
         network=described["network"],
-        arguments=described["arguments"],
+        arguments=described["arguments"] | {"in_channels": image_channels(described)},
         labels=model.labels,
         preparation=model.preparation,
         channels=model.channels,

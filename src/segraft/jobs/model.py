@@ -28,6 +28,8 @@ from segraft.networks import NETWORKS, Base, Loaded, build, load_base, load_chec
 from segraft.networks.bases import FILE_NAME
 from segraft.networks.encoder_files import holds_encoder, require_segmenting
 from segraft.networks.heads import START_SEED, Outputs, PickedOutputs, take_outputs
+from segraft.networks.inputs import Inputs, input_weights, take_inputs
+from segraft.networks.registry import outline
 from segraft.training.fit import check_device, check_precision
 
 
@@ -182,7 +184,7 @@ def load_model(
     adapters.load(net, path)
     if header.spec.channels == 1:  # else there is not one weight to merge into
         adapters.merge(net, reversible=False)
-    channels = header.record["base"]["arguments"].get("in_channels", 1)
+    channels = image_channels(header.record["base"])
     adapted_on = Served.of(header.record)
     return _model(net, path, header.record, channels, adapted_on=adapted_on, pretrained_on=pretrained_on)
 
@@ -211,12 +213,15 @@ def load_base_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> 
         SegraftError: the adapter file does not say what it is, or the base is not found.
     """
     where, described = base_file_of(header, base), header.record["base"]
-    outputs = Outputs.of(described)
+    outputs, inputs = Outputs.of(described), Inputs.of(described)
     if (where.name == FILE_NAME or holds_base(where)) and not holds_encoder(read_base(where).record):
         net, info = load_base(where)
-        return with_outputs(net, info, outputs), Served.of(info.record)
+        net = with_outputs(net, info, outputs)
+        arguments = info.arguments | ({} if outputs is None else {"out_channels": len(outputs.rows)})
+        return with_inputs(net, info.network, arguments, inputs)[0], Served.of(info.record)
     net = build_from_start(described["network"], described["arguments"])
     load_checkpoint(net, where, outputs=outputs)
+    net, _ = with_inputs(net, described["network"], described["arguments"], inputs)
     return net.eval(), Served.by_weights(where)
 
 
@@ -272,6 +277,49 @@ def with_outputs(net: nn.Module, info: Base, outputs: Outputs | None) -> nn.Modu
         return net
     rebuilt = build_from_start(info.network, info.arguments | {"out_channels": len(outputs.rows)})
     return take_outputs(net, info.arguments["out_channels"], rebuilt, outputs)
+
+
+def with_inputs(
+    net: nn.Module, network: str, arguments: Mapping[str, Any], inputs: Inputs | None
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The network of a base for the channels of a task's images, and the keys of the weights that see them.
+
+    Args:
+        net: plain, with all its weights.
+        network: by which it was built.
+        arguments: likewise.
+        inputs: channels that it shall take; None: its own, and then there are no keys.
+
+    Raises:
+        SegraftError: its channels cannot be exchanged.
+    """
+    if inputs is None:
+        return net, ()
+    if hasattr(net, "image_channels"):
+        raise SegraftError(
+            f"{type(net).__name__} encodes its channels one by one, and is built for as many as there are: leave "
+            "--inputs out, and give it the weights of a network for one channel."
+        )
+    rest, count = dict(arguments), len(inputs.rows)
+    takes, outputs = rest.pop("in_channels"), rest.pop("out_channels")
+    rebuilt = build_from_start(network, {**arguments, "in_channels": count})
+    if takes == count:
+        other = outline(network, in_channels=takes + 1, out_channels=outputs, arguments=rest)
+        keys = input_weights(net, other, (takes, takes + 1))
+    else:
+        keys = input_weights(net, rebuilt, (takes, count))
+    if any(name.startswith("swinViT") for name, _ in net.named_children()):
+        from segraft.networks.swin import merge_as_before, merges_as_before
+
+        if merges_as_before(net):  # as the weights that were loaded told
+            merge_as_before(rebuilt)
+    return take_inputs(net, rebuilt, keys, inputs), keys
+
+
+def image_channels(described: Mapping[str, Any]) -> int:
+    """How many channels the images of an adapter have, by the record of its base."""
+    inputs = Inputs.of(described)
+    return int(described["arguments"].get("in_channels", 1)) if inputs is None else len(inputs.rows)
 
 
 def named_as_loaded(network: str, arguments: Mapping[str, Any], loaded: Loaded) -> tuple[str, dict[str, Any]]:

@@ -100,7 +100,13 @@ def takes_missing_channels(net: nn.Module) -> bool:
     return bool(getattr(inner, "takes_missing_channels", False))
 
 
-def require_same_channels(takes: int, channels: Sequence[str], who: str, whose: str) -> None:
+def require_same_channels(
+    takes: int,
+    channels: Sequence[str],
+    who: str,
+    whose: str,
+    cure: str = "choose a network of as many, or list as many channels there",
+) -> None:
     """Refuse a network that takes another number of channels than there are.
 
     Args:
@@ -108,6 +114,7 @@ def require_same_channels(takes: int, channels: Sequence[str], who: str, whose: 
         channels: names of those that there are.
         who: the network, for the message.
         whose: what has the channels.
+        cure: what to do, for the message.
 
     Raises:
         SegraftError: naming both.
@@ -116,7 +123,7 @@ def require_same_channels(takes: int, channels: Sequence[str], who: str, whose: 
         shown = f" ({', '.join(channels)})" if any(channels) else ""
         raise SegraftError(
             f"{who} takes images of {_counted(takes)}, and those of {whose} have {_counted(len(channels))}{shown}: "
-            "choose a network of as many, or list as many channels there."
+            f"{cure}."
         )
 
 

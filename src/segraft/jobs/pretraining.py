@@ -119,6 +119,7 @@ def pretrain(
             console=console,
         )
         record = given.task | {
+            **({"channels": list(cohort.channels)} if any(cohort.channels) else {}),  # a single one has a name too
             "settings": settings.model_dump(mode="json"),
             "training": asdict(training),
             "versions": versions(),

@@ -6,7 +6,8 @@ import re
 import warnings
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from segraft.errors import SegraftError
 from segraft.networks.encoder_files import vit_arguments
 from segraft.networks.heads import Head, Outputs, find_head, head_rows, match_outputs, require_head
 from segraft.networks.layouts import CONTAINERS, ENCODERS, OWN, PREFIXES, Layout, known_labels, recognise
+from segraft.structures import same_name
 
 if TYPE_CHECKING:
     from segraft.networks.bases import Base
@@ -76,15 +78,15 @@ class Loaded:
         """Parts of the network that start at random; of the head `outputs` says more."""
         return tuple(part for part in self.kept if part != "head")
 
-    def notes(self, labels: Sequence[str] = ()) -> tuple[str, ...]:
-        """All of it in sentences, with the names of the network's outputs where they are given."""
+    def notes(self, labels: Sequence[str] = (), fresh: Collection[int] = ()) -> tuple[str, ...]:
+        """All of it in sentences, with the names of the network's outputs where they are given; see `output_notes`."""
         what = f"{self.path.name} ({self.layout})" if self.layout else self.path.name
         text = f"{what}: {self.tensors} tensors loaded"
         if self.unused:
             text += f", left in the file: {_counted(self.unused)}"
         if self.kept:
             text += f", not in the file and at their start: {_counted(self.kept)}"
-        return (f"{text}.", *self.remarks, *untrained_notes(self.untrained), *output_notes(self.outputs, labels))
+        return (f"{text}.", *self.remarks, *untrained_notes(self.untrained), *output_notes(self.outputs, labels, fresh))
 
 
 def untrained_notes(parts: Iterable[str]) -> list[str]:
@@ -92,20 +94,37 @@ def untrained_notes(parts: Iterable[str]) -> list[str]:
     return [f"the {part} starts at random: train it, with --train {part}." for part in parts]
 
 
-def output_notes(outputs: Outputs | None, labels: Sequence[str]) -> list[str]:
-    """Which labels take outputs of a base, in sentences."""
+def output_notes(outputs: Outputs | None, labels: Sequence[str], fresh: Collection[int] = ()) -> list[str]:
+    """Which labels take outputs of a base, in sentences; those at the places `fresh` were asked to start new."""
     if outputs is None or not labels:
         return []
-    new = [labels[place] for place in outputs.new]
-    taken = [label for label in labels if label not in new]
+    taken = [label for label, row in zip(labels, outputs.rows, strict=True) if row is not None]
+    asked = [labels[place] for place in outputs.new if place in fresh]
+    new = [labels[place] for place in outputs.new if place not in fresh]
     notes = []
     if taken:
         notes.append(f"outputs of the base that go on under their names: {', '.join(taken)}.")
     if taken and outputs.background is not None:
         notes.append("the background's output is taken off the others, as the base's outputs were those of a softmax.")
+    if asked:
+        notes.append(f"outputs that start new, as asked for: {', '.join(asked)}.")
     if new:
         notes.append(f"outputs that start new, as the base has none of their names: {', '.join(new)}.")
     return notes
+
+
+def position_notes(whose: str, names: Sequence[str], labels: Sequence[str]) -> tuple[str, ...]:
+    """That outputs of a base go on under other names, as many and in their order, in a sentence."""
+    cure = "let them start new with --new-labels, if they are of another kind"
+    if not labels:
+        return ()
+    if not names:
+        known = (
+            f"what the outputs of {whose} stand for is not known, so they go on as {', '.join(labels)}, in this order"
+        )
+        return (f"{known}: say so with --base-labels if they are others; {cure}.",)
+    other = [f"{old} as {new}" for old, new in zip(names, labels, strict=True) if same_name(old) != same_name(new)]
+    return (f"outputs of {whose} that go on under other names: {', '.join(other)}; {cure}.",) if other else ()
 
 
 @dataclass(frozen=True)
@@ -156,6 +175,7 @@ def load_checkpoint(
     labels: Sequence[str] = (),
     names: Sequence[str] = (),
     outputs: Outputs | None = None,
+    fresh: AbstractSet[int] = frozenset(),
 ) -> Loaded:
     """Load weights of any of the known kinds into `net`, and say what was loaded.
 
@@ -166,6 +186,7 @@ def load_checkpoint(
         labels: of the network's outputs, by which they take those of the file; none: by position.
         names: of the file's outputs, or one word of `KNOWN_LABELS`; none: as the file's kind has them.
         outputs: which of them to take, as an earlier call reported it; then neither labels nor names count.
+        fresh: places of the labels whose outputs start new, whatever the file has.
 
     Raises:
         SegraftError: as `load_weights`, for all that the file's kind must hold; or outputs that do not fit.
@@ -178,7 +199,10 @@ def load_checkpoint(
     known = known_labels(names) or found.names
     if outputs is None:
         missing = bool(in_head) and in_head <= set(kept)
-        outputs = _matched(net, path, labels, known, found.outputs, missing=missing)
+        outputs = _matched(net, path, labels, known, found.outputs, missing=missing, fresh=fresh)
+        by_position = () if outputs or not found.outputs else position_notes(path.name, known, labels)
+    else:
+        by_position = ()
     _refuse_misfits(net, path, used, wanted, may_miss=kept, but=in_head if outputs else ())
     reshaped = {key: (tuple(used[key].shape), tuple(wanted[key].shape)) for key in sorted(in_head & set(used))}
     loaded = len(used)
@@ -200,7 +224,7 @@ def load_checkpoint(
         {key: (theirs, ours) for key, (theirs, ours) in reshaped.items() if theirs != ours},
         outputs,
         original,
-        remarks,
+        (*remarks, *by_position),
     )
 
 
@@ -336,17 +360,24 @@ def _left_at_start(
 
 
 def _matched(
-    net: nn.Module, path: Path, labels: Sequence[str], names: Sequence[str], in_file: int, *, missing: bool
+    net: nn.Module,
+    path: Path,
+    labels: Sequence[str],
+    names: Sequence[str],
+    in_file: int,
+    *,
+    missing: bool,
+    fresh: AbstractSet[int],
 ) -> Outputs | None:
     """Which outputs of the file the labels take."""
     if missing:
         return Outputs((None,) * require_head(net).outputs)
-    if names and labels:
+    if (names and labels) or fresh:
         require_head(net)
     if not labels or not in_file:
         return None
     try:
-        return match_outputs(labels, names, in_file)
+        return match_outputs(labels, names, in_file, fresh)
     except SegraftError as error:
         raise SegraftError(f"{path}: {error}") from error
 

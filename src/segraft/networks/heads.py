@@ -48,13 +48,16 @@ class Outputs:
         return tuple(place for place, row in enumerate(self.rows) if row is None)
 
 
-def match_outputs(labels: Sequence[str], names: Sequence[str], count: int) -> Outputs | None:
+def match_outputs(
+    labels: Sequence[str], names: Sequence[str], count: int, fresh: AbstractSet[int] = frozenset()
+) -> Outputs | None:
     """Let labels take the outputs of their names.
 
     Args:
         labels: of the task.
         names: of the base's outputs; none means they are not known.
         count: how many outputs the base has.
+        fresh: places of the labels that start new, whatever the base has.
 
     Returns:
         None where outputs map by position: no name is the same and there are as many, or all are the same in order.
@@ -73,8 +76,11 @@ def match_outputs(labels: Sequence[str], names: Sequence[str], count: int) -> Ou
     background = known.pop(BACKGROUND, None)
     rows = tuple(known.get(same_name(label)) for label in labels)
     taken = [row for row in rows if row is not None]
-    by_position = background is None and len(rows) == count and (not taken or taken == list(range(count)))
-    return None if by_position else Outputs(rows, background)
+    if background is None and len(rows) == count and (not taken or taken == list(range(count))):
+        if not fresh:
+            return None
+        rows = tuple(range(count))
+    return Outputs(tuple(None if place in fresh else row for place, row in enumerate(rows)), background)
 
 
 @dataclass(frozen=True)
