@@ -272,7 +272,7 @@ class LoadedBase:
                 raise SegraftError(
                     f"the layer {layer!r} would never see {', '.join(channels[place] for place in blind)}, as its "
                     "weights for that start at zero and the adapter leaves them frozen: train it, with --train "
-                    f"'{re.escape(layer)}', or start with --inputs mean."
+                    f"'{re.escape(layer)}\\..*', or start with --inputs mean."
                 )
         if not self.new:
             return
