@@ -107,11 +107,11 @@ def test_outputs_that_cannot_be_taken(refused, work, tmp_path, three, options, s
     )
 
 
-def test_a_base_keeps_its_own_labels(refused, work, tmp_path):
+def test_a_base_keeps_its_own_arguments(refused, work, tmp_path):
     refused(
-        *("adapt", "--base", work / "base", "--data", work / "D", "--labels", "1", "--base-labels", "core"),
+        *("adapt", "--base", work / "base", "--data", work / "D", "--labels", "1", "--network-args", '{"a": 1}'),
         *("--out", tmp_path / "run"),
-        says=["--base-labels", "--weights"],
+        says=["--network-args", "--weights"],
     )
 
 

@@ -31,6 +31,7 @@ from segraft.networks.checkpoints import output_notes, position_notes, untrained
 from segraft.networks.encoder_files import require_segmenting
 from segraft.networks.heads import match_outputs, require_head, untrained_outputs
 from segraft.networks.inputs import Inputs, unseen
+from segraft.networks.registry import usual_names
 from segraft.structures import same_name
 from segraft.training.distributed import Team
 from segraft.training.fit import Fit, check_device, check_precision, fit
@@ -186,7 +187,7 @@ class BaseSource:
         self, labels: tuple[str, ...], fresh: AbstractSet[int], weights: str | Path, cohort: Cohort
     ) -> "LoadedBase":
         network, known = str(self.base), {"in_channels": len(self.channels)} if self.channels else {}
-        given = {**known, **(self.arguments or {})}
+        given = {**known, **usual_names(network, self.arguments or {})}
         arguments = {"in_channels": len(cohort.channels), "out_channels": len(labels), **given}
         if self.inputs is not None and "in_channels" not in given:
             arguments["in_channels"] = channels_held(network, arguments, weights) or arguments["in_channels"]

@@ -90,7 +90,7 @@ def check_network(net: nn.Module, patch: tuple[int, int, int], labels: int, chan
         given = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise SegraftError(
             f"{name} gives {given} for a patch of {shown} voxels and {labels} labels: it must return one logit per "
-            "label on the grid of its input."
+            "label on the grid of its input, as one tensor."
         )
 
 

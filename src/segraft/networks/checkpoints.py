@@ -200,7 +200,7 @@ def load_checkpoint(
     if outputs is None:
         missing = bool(in_head) and in_head <= set(kept)
         outputs = _matched(net, path, labels, known, found.outputs, missing=missing, fresh=fresh)
-        by_position = () if outputs or not found.outputs else position_notes(path.name, known, labels)
+        by_position = () if outputs else position_notes(path.name, known, labels)
     else:
         by_position = ()
     _refuse_misfits(net, path, used, wanted, may_miss=kept, but=in_head if outputs else ())

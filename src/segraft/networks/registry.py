@@ -1,15 +1,16 @@
 """Networks by name, and any other by its dotted path."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from segraft.adapters.selection import NAMED
+from segraft.adapters.selection import NAMED, parts_of
 from segraft.errors import SegraftError
 from segraft.networks.multiview import MultiViewUNet
 from segraft.networks.unet import UNet
@@ -98,6 +99,12 @@ FOREIGN_PROJECTIONS: dict[str, dict[str, dict[str, str]]] = {
 }
 """Attention projections of such networks: class -> {projection: {expression on layer names: its rows, as 'j/n'}}."""
 
+CHANNEL_NAMES: dict[str, tuple[str, ...]] = {
+    "in_channels": ("input_channels", "in_chans", "n_channels"),
+    "out_channels": ("num_classes", "n_classes", "classes", "out_chans", "output_channels"),
+}
+"""Arguments of `build` -> what constructors call them that do not take them by these names."""
+
 NAMED["parts"].update(FOREIGN_PARTS)
 NAMED["projections"].update(FOREIGN_PROJECTIONS)
 
@@ -109,19 +116,21 @@ def build(
 
     Args:
         network: a key of `NETWORKS`, or `package.module:Class` of any importable `nn.Module`.
-        in_channels: channels of the image; passed where the constructor takes it.
+        in_channels: channels of the image; passed where the constructor takes it, or a name of `CHANNEL_NAMES`.
         out_channels: labels; likewise.
         arguments: further keyword arguments; they win over both.
+
+    A network that names no parts gets a part `head` where only its last layer depends on the labels' number.
 
     Raises:
         SegraftError: an unknown name, a path that does not import, arguments that the constructor refuses.
     """
     entry = NETWORKS.get(network) or NetworkEntry(network)
-    factory = _by_path(entry.factory) if isinstance(entry.factory, str) else entry.factory
+    factory = _factory(entry)
     accepted = inspect.signature(factory).parameters
     channels = {"in_channels": in_channels, "out_channels": out_channels}
     merged = {
-        **{name: value for name, value in channels.items() if name in accepted},
+        **{_called(name, accepted): value for name, value in channels.items() if _called(name, accepted) in accepted},
         **entry.arguments,
         **(arguments or {}),
     }
@@ -135,7 +144,43 @@ def build(
         ) from error
     except Exception as error:
         raise SegraftError(f"network {network!r} refused its arguments {merged}: {error}.") from error
+    name = _called("out_channels", accepted)
+    if name in merged and not parts_of(net):
+        _name_head(net, lambda: factory(**merged | {name: merged[name] + 1}))
     return net
+
+
+def usual_names(network: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The same arguments, of which those in `CHANNEL_NAMES` have the names that `build` knows them by.
+
+    Raises:
+        SegraftError: an unknown network, or one that does not import.
+    """
+    accepted = inspect.signature(_factory(NETWORKS.get(network) or NetworkEntry(network))).parameters
+    usual = {_called(name, accepted): name for name in CHANNEL_NAMES}
+    return {usual.get(name, name): value for name, value in arguments.items()}
+
+
+def _called(name: str, accepted: Collection[str]) -> str:
+    """What a constructor with these arguments calls one of `CHANNEL_NAMES`."""
+    return next((other for other in (name, *CHANNEL_NAMES[name]) if other in accepted), name)
+
+
+_REFUSALS = (RuntimeError, NotImplementedError, ValueError, TypeError, AssertionError, KeyError, IndexError)
+"""What constructors raise for a number of outputs, or a device, that they do not take."""
+
+
+def _name_head(net: nn.Module, with_one_more: Callable[[], nn.Module]) -> None:
+    """Name the layer `head` that alone depends on the number of outputs, where there is one."""
+    other: dict[str, Tensor] = {}
+    for device in ("meta", "cpu"):  # constructors that compute with their weights need some
+        with suppress(*_REFUSALS), torch.random.fork_rng(devices=[]), torch.device(device):
+            other = other or with_one_more().state_dict()
+    ours = net.state_dict()
+    changed = {key for key in ours if key not in other or ours[key].shape != other[key].shape}
+    layers = {key.rpartition(".")[0] for key in changed}
+    if len(ours) == len(other) and len(layers) == 1:
+        net.parts = {"head": (*layers,)}  # type: ignore[assignment]  # torch's stubs know tensors and modules alone
 
 
 def outline(
@@ -160,6 +205,10 @@ def spatial_dims(net: nn.Module) -> int:
 def size_multiple(net: nn.Module) -> int:
     """What the sizes of a patch must be multiples of: as the network says, else 32, which suits the common ones."""
     return int(getattr(net, "size_multiple", 32))
+
+
+def _factory(entry: NetworkEntry) -> Callable[..., nn.Module]:
+    return _by_path(entry.factory) if isinstance(entry.factory, str) else entry.factory
 
 
 def _by_path(network: str) -> Callable[..., nn.Module]:

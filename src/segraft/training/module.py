@@ -118,7 +118,8 @@ class SegmentationTask(LightningModule):
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise SegraftError(
                 f"{type(self.net).__name__} gives {shape} for patches whose labels are {tuple(wanted)}: "
-                "it must return one logit per label on the grid of its input."
+                "it must return one logit per label on the grid of its input, as one tensor, also in training (deep "
+                "supervision must be off)."
             )
         return logits.float()
 
