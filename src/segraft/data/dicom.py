@@ -154,12 +154,13 @@ def warnings_logged(folder: Path) -> Iterator[None]:
             yield
         finally:
             for message in dict.fromkeys(" ".join(str(each.message).split()) for each in caught):
-                _log_once(folder, message)
+                log_once(folder, message)
 
 
 @functools.cache
-def _log_once(folder: Path, message: str) -> None:
-    _log.warning("%s: %s", folder, message)
+def log_once(path: Path, message: str) -> None:
+    """Warn of something in a file or folder that may be read many times."""
+    _log.warning("%s: %s", path, message)
 
 
 def is_dicom(file: Path) -> bool:

@@ -1,7 +1,6 @@
 """Labels that are a DICOM SEG: its segments as a mask of label values on the grid of the scan."""
 
 import hashlib
-import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,8 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from segraft.data.dicom import SEG_SUFFIX, is_dicom, load_highdicom, load_pydicom, warnings_logged
+from segraft.data.dicom import SEG_SUFFIX, is_dicom, load_highdicom, load_pydicom, log_once, warnings_logged
+from segraft.data.dicom_codes import UNKNOWN, structure_of
 from segraft.data.dicom_frames import DAMAGED, frame_voxels
 from segraft.data.labels import Labels
 from segraft.data.overlapping import joined
@@ -19,8 +19,6 @@ from segraft.structures import same_name
 
 if TYPE_CHECKING:
     from pydicom import Dataset
-
-_log = logging.getLogger(__name__)
 
 
 def is_segmentation(label: Path) -> bool:
@@ -62,7 +60,8 @@ def read_segments(
     """Read a DICOM SEG as a mask of label values.
 
     A segment is the label of its name (Segment Label; `same_name` says which are the same). Where no segment has the
-    name of a label, its number is the label's value, and that is logged. Several segments of one name are one label.
+    name of a label, its number is the label's value, which is logged, unless the two are known structures: these are
+    not the same then. Several segments of one name are one label.
 
     A frame lies where its position and orientation say; frames that are not there are empty. Nothing is resampled.
 
@@ -170,11 +169,12 @@ def _targets(path: Path, names: Mapping[int, str], known: Labels) -> tuple[dict[
             f'the segments of {path}, such as {number} ("{name}"), are none of the labels {told}, by name or by '
             "number: name them alike in dataset.json."
         )
-    _log.warning(
-        "%s: no segment has the name of a label, so they go by their numbers: %s",
-        path,
-        ", ".join(
-            f'segment {number} ("{name}") is label {known.get(number, number)}' for number, name in names.items()
-        ),
-    )
+    for number, name in names.items():
+        if UNKNOWN not in (structure_of(name), structure_of(known.get(number, ""))):
+            raise SegraftError(
+                f'segment {number} of {path} is "{name}", and label {number} is "{known[number]}": name them alike in '
+                "dataset.json."
+            )
+    taken = ", ".join(f'segment {number} ("{name}") is {known.get(number, number)}' for number, name in names.items())
+    log_once(path, f"no segment has the name of a label, so they go by their numbers: {taken}")
     return {number: number for number in names}, False

@@ -177,6 +177,7 @@ def _segmentation(sources: Sequence["Dataset"], found: Found, origin: Origin, ma
     )
     segmentation.PatientName = sources[0].PatientName = patient
     segmentation.InstanceCreationDate, segmentation.InstanceCreationTime = segmentation.ContentDate, made.time()
+    segmentation.ContributingEquipmentSequence[-1].ContributionDateTime = made.replace(tzinfo=None)  # highdicom's own
     for each in (*segmentation.DimensionOrganizationSequence, *segmentation.DimensionIndexSequence):
         each.DimensionOrganizationUID = uids["dimensions"]
     return segmentation
