@@ -17,6 +17,7 @@ from pydicom.sr.codedict import codes
 from scipy.spatial.transform import Rotation
 
 from segraft import __version__
+from segraft.data.case import Case
 from segraft.data.dicom import read_series
 from segraft.data.dicom_seg import is_segmentation, read_segments, segmentation_file
 from segraft.data.dicom_seg_writing import Found, Origin, require_writable, write_segmentation
@@ -468,6 +469,17 @@ def test_folders(scan, seg, tmp_path):
     assert not is_segmentation(tmp_path / "label.nii.gz")
     with pytest.raises(SegraftError, match="a folder of 4 DICOM files"):
         segmentation_file(scan)
+
+
+def test_a_case_is_known_by_its_segments_and_what_they_are_taken_for(seg, scan, tmp_path):
+    def digest(path: Path, labels: Labels) -> str:
+        return Case("p", "p", (scan,), path, known=labels).label_digest([1])
+
+    shutil.copy(seg, tmp_path / "copy.dcm")
+    other = write(Found(LABELS, mask_of(seed=3), {}), scan, tmp_path / "other.dcm")
+    first = digest(seg, LABELS)
+    assert digest(tmp_path / "copy.dcm", LABELS) == first
+    assert len({first, digest(other, LABELS), digest(seg, Labels({4: "liver", 1: "left kidney", 300: "Hämatom"}))}) == 3
 
 
 @pytest.mark.data
