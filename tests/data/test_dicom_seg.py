@@ -254,8 +254,11 @@ def test_what_a_series_must_say(scan, tmp_path, tags, says):
 def test_what_a_series_may_leave_out(scan, tmp_path):
     for file in scan.iterdir():
         change(file, **dict.fromkeys(("PatientID", "PatientSex", "StudyDate", "StudyID", "AccessionNumber")))
+        change(file, SliceThickness=None)
+    require_writable(scan, LABELS, ORIGIN)
     dataset = pydicom.dcmread(write(Found(LABELS, mask_of(), {}), scan, tmp_path / "s.dcm"))
     assert dataset.PatientID == dataset.AccessionNumber == ""
+    assert dataset.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SliceThickness == 4
 
 
 def test_what_highdicom_refuses_is_told(scan):

@@ -32,7 +32,7 @@ def test_every_region_comes_back(data):
 
 
 def test_labels_that_exclude_each_other():
-    found = joined({7: flat(0, 1), 300: flat(3)}, Labels({7: "a", 300: "b"}), Labels({7: "a"}), (2, 2), who="it")
+    found = joined({7: flat(1, 0, 1), 300: flat(3)}, Labels({7: "a", 300: "b"}), Labels({7: "a"}), (2, 2), who="it")
     np.testing.assert_array_equal(found, [[7, 7], [0, 300]])
     assert found.dtype == np.uint16
 

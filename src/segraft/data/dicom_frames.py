@@ -35,7 +35,7 @@ def frame_voxels(
         refers: whether the SEG refers to the scan's own series.
 
     Returns:
-        Segment number -> flat indices of its voxels, sorted, each once; of segments without frames nothing.
+        Segment number -> flat indices of its voxels, in no order; of segments without frames nothing.
 
     Raises:
         SegraftError: frames that cannot be read or do not fit the scan; fractions.
@@ -56,7 +56,7 @@ def frame_voxels(
     except (*DAMAGED, RuntimeError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise SegraftError(f"the frames of the DICOM SEG {path} cannot be read ({reason}): export it again.") from error
-    return {number: np.unique(np.concatenate(each)) for number, each in found.items()}
+    return {number: np.concatenate(each) for number, each in found.items()}
 
 
 class _Groups:

@@ -92,10 +92,11 @@ def read_segments(
         voxels = frame_voxels(path, segmentation, image, scan, refers=refers)
     if unknown := sorted(voxels.keys() - names.keys()):
         raise SegraftError(f"the label {path} has frames of a segment {unknown[0]} that it does not list: mend it.")
-    places: dict[int, NDArray[np.int64]] = {}
+    parts: dict[int, list[NDArray[np.int64]]] = {}
     for number, target in targets.items():
         if number in voxels:
-            places[target] = np.union1d(places.get(target, voxels[number]), voxels[number])
+            parts.setdefault(target, []).append(voxels[number])
+    places = {target: np.concatenate(each) for target, each in parts.items()}
     wanted = known if asked is None else Labels.of(asked)
     if not (by_name and known.regions):  # each is a value
         places = {value: where for value, where in places.items() if value in wanted.values_covered}

@@ -142,6 +142,8 @@ def _sources(folder: Path) -> list["Dataset"]:
         for tag in _MAY_BE_UNKNOWN:
             if tag not in each:
                 setattr(each, tag, None)
+        if not each.get("SliceThickness"):
+            each.SliceThickness = _apart(sources) or float(each.SpacingBetweenSlices)
     return sources
 
 
@@ -233,16 +235,18 @@ def _descriptions(labels: Mapping[int, str], origin: Origin) -> list[Any]:
     return found
 
 
-def _measures(sources: Sequence["Dataset"]) -> Any:
-    """Sizes of voxels; slices are as far apart as their positions are, whatever the source says of it."""
+def _apart(sources: Sequence["Dataset"]) -> float | None:
+    """The distance between slices (mm) by their positions, whatever the source says of it; None for a single one."""
     first, last = (np.array(each.ImagePositionPatient, dtype=float) for each in (sources[0], sources[-1]))
-    steps = len(sources) - 1
-    thickness = float(sources[0].get("SliceThickness") or 0)
-    between = float(np.linalg.norm(last - first)) / steps if steps else None
+    return float(np.linalg.norm(last - first)) / (len(sources) - 1) if len(sources) > 1 else None
+
+
+def _measures(sources: Sequence["Dataset"]) -> Any:
+    """Sizes of voxels."""
     return load_highdicom().PixelMeasuresSequence(
         pixel_spacing=[float(mm) for mm in sources[0].PixelSpacing],
-        slice_thickness=thickness or between,
-        spacing_between_slices=between,
+        slice_thickness=float(sources[0].SliceThickness),
+        spacing_between_slices=_apart(sources),
     )
 
 

@@ -19,7 +19,7 @@ def joined(
     not share a voxel.
 
     Args:
-        places: label -> flat indices of its voxels, each once.
+        places: label -> flat indices of its voxels, in any order, also twice.
         known: the labels, with what they cover.
         asked: the labels that the mask is for: they must not tell apart values that the known ones do not.
         shape: [X, Y, Z] of the mask.
@@ -35,7 +35,7 @@ def joined(
     sets: list[frozenset[int]] = [frozenset()]
     for label, where in places.items():
         before = ids[where]
-        for each in np.unique(before):
+        for each in np.flatnonzero(np.bincount(before)):  # far faster here than np.unique
             ids[where[before == each]] = len(sets)
             sets.append(sets[each] | {label})
     counts = np.bincount(ids, minlength=len(sets)).tolist()
