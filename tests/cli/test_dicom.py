@@ -13,6 +13,8 @@ from safetensors.numpy import load_file
 from segraft.data.dicom import read_series
 from segraft.data.dicom_seg_writing import Found, Origin, write_segmentation
 from segraft.data.dicom_writing import write_series
+from segraft.errors import SegraftError
+from segraft.jobs.mask_formats import format_of
 
 NAMES = {1: "core", 2: "rim"}
 
@@ -173,6 +175,45 @@ def test_results_serve_as_labels(segraft, work, dicom, tmp_path):
     text = (tmp_path / "e" / "evaluation.csv").read_text().splitlines()
     place = text[0].split(",").index("dice")
     assert {float(line.split(",")[place]) for line in text[1:]} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("out", "asked", "ending"),
+    [
+        ("masks", None, ".nii.gz"),
+        ("m.nii", None, ".nii.gz"),
+        ("m.dcm", None, ".dcm"),
+        ("masks", "dicom-seg", ".dcm"),
+        ("m.dcm", "dicom-seg", ".dcm"),
+    ],
+)
+def test_formats(out, asked, ending):
+    assert format_of(Path(out), asked).endings[-1] == ending
+
+
+def test_no_such_format():
+    with pytest.raises(SegraftError, match='"rtstruct" is no format of masks: choose among nifti, dicom-seg'):
+        format_of(Path("masks"), "rtstruct")
+
+
+def test_several_channels(segraft, dicom, tmp_path, seg_by_hand):
+    """The SEG lies on the first channel and refers to its series."""
+    listing = json.loads((dicom / "seg.json").read_text()) | {"modality": {"0": "T1", "1": "T2"}}
+    for entry in listing["training"]:
+        entry["image"] = {"T1": entry["image"], "T2": entry["image"]}
+    data = shutil.copytree(dicom, tmp_path / "D")
+    (data / "dataset.json").write_text(json.dumps(listing))
+    options = ("--labels", "1", "--cases", "2", "--epochs", "1", "--network-args", '{"widths": [4, 8]}')
+    told = segraft("pretrain", "--data", data, *options, "--device", "cpu", "--out", tmp_path / "base")
+    assert told.code == 0, told.err
+    channels = ("--channel", f"T2={data / 'q3'}", "--channel", f"T1={data / 'q1'}")
+    for name in ("m.dcm", "m.nii.gz"):
+        assert segraft("predict", tmp_path / "base", *channels, "-o", tmp_path / name).code == 0
+    mask = nib.load(tmp_path / "m.nii.gz")
+    found = seg_by_hand(tmp_path / "m.dcm", mask.affine, mask.shape)
+    np.testing.assert_array_equal(found["core"], np.asanyarray(mask.dataobj) == 1)
+    (series,) = pydicom.dcmread(tmp_path / "m.dcm").ReferencedSeriesSequence
+    assert series.SeriesInstanceUID == pydicom.dcmread(data / "q1" / "slice_0000.dcm").SeriesInstanceUID
 
 
 def test_without_the_extra(work, dicom, tmp_path, refused, monkeypatch):
