@@ -68,6 +68,13 @@ class ChannelGrids(StrEnum):
     resample = "resample"
 
 
+class MaskFormat(StrEnum):
+    """Of masks that are written."""
+
+    nifti = "nifti"
+    dicom_seg = "dicom-seg"
+
+
 class Schedule(StrEnum):
     """Of the learning rate."""
 
