@@ -129,7 +129,7 @@ def middles(data: Path, ids: list[str]) -> torch.Tensor:
 
 
 def losses(data: Path, encoder: Path, cases: dict[str, Any]) -> dict[str, float]:
-    """Mean squared error over masked patches in the middle of the test scans: of the networks and of trivial guesses."""
+    """Mean squared error over masked patches in the middle of the test scans: of networks and of trivial guesses."""
     net, info = load_base(encoder)
     images = middles(data, cases["test"])
     torch.manual_seed(0)
@@ -326,38 +326,43 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 def markdown_of(result: dict[str, Any]) -> str:
     """The page."""
     protocol, cases, before = result["protocol"], result["cases"], result["pretraining"]
-    errors = before["errors_on_test_scans"]
-    curve = before["losses"]
+    tested, curve = len(cases["test"]), before["losses"]
     shown = sorted({round(place * (len(curve) - 1) / 10) for place in range(11)})
-    machine = f"{result['machine']['cores']} cores, {result['machine']['device']}"
+    versions_ = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    setting = (
+        f"A ViT ({SIZES}) is pre-trained as a masked auto-encoder on {len(cases['unlabelled'])} hippocampus volumes "
+        f"without their labels ({protocol['masked_epochs']} epochs of patches of {'×'.join(map(str, PATCH))} voxels, "
+        f"{before['seconds']:.0f} s). It is then the encoder of `unetr_channelwise` "
+        f"({result['segmentation']['arguments']}), trained on {protocol['labelled']} labelled volumes for "
+        f"{protocol['epochs']} epochs and tested on {tested} volumes, always the same. {len(protocol['seeds'])} draws "
+        "of labelled volumes, without overlap, each with a random encoder of its own. No case serves twice. Learning "
+        f"rate {result['settings']['learning_rate']} throughout. {result['machine']['cores']} cores, "
+        f"{result['machine']['device']}; {versions_}."
+    )
+    made_of = (
+        "Root mean square of the tapped states of the test scans, before they are normed: what all tokens share, what "
+        "those of one scan share beyond it, and the rest; and how many directions the last two span."
+    )
     lines = [
-        "# An encoder from scans without labels, on ten labelled cases",
+        "# An encoder from scans without labels, and ten labelled cases",
         "",
-        "Made by `examples/masked_pretraining.py`; every number and the names of the cases are in the JSON beside this page.",
+        "Made by `examples/masked_pretraining.py`; every number and the cases' names are in the JSON beside this page.",
         "",
-        f"A ViT ({SIZES}) is pre-trained as a masked auto-encoder on {len(cases['unlabelled'])} hippocampus volumes without "
-        f"their labels (patches of {'×'.join(map(str, PATCH))} voxels, {protocol['masked_epochs']} epochs, "
-        f"{before['seconds']:.0f} s). It is then the encoder of `unetr_channelwise` ({result['segmentation']['arguments']}), "
-        f"trained on {protocol['labelled']} labelled volumes for {protocol['epochs']} epochs and tested on the same "
-        f"{len(cases['test'])} volumes; {len(protocol['seeds'])} draws of labelled volumes, without overlap, with a random "
-        "encoder each. No case serves twice. "
-        f"Learning rate {result['settings']['learning_rate']} throughout. {machine}; "
-        + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-        + ".",
+        setting,
         "",
         "## With ten labelled cases",
         "",
         *table(result["rows"]),
         "",
-        f"SD over draws of the mean over {len(cases['test'])} cases and both labels.",
+        f"Dice: mean over {tested} cases and both labels; SD over draws.",
         "",
         "## Telling hidden patches",
         "",
-        f"Mean squared error over masked patches in the middle of the {len(cases['test'])} test scans, each patch normalised:",
+        f"Mean squared error over masked patches in the middle of the {tested} test scans, each patch normalised:",
         "",
         "| prediction | error |",
         "|---|---|",
-        *(f"| {name} | {value:.3f} |" for name, value in errors.items()),
+        *(f"| {name} | {value:.3f} |" for name, value in before["errors_on_test_scans"].items()),
         "",
         "Mean training loss (patches from anywhere, augmented): "
         + ", ".join(f"epoch {place + 1}: {curve[place]:.3f}" for place in shown)
@@ -367,15 +372,13 @@ def markdown_of(result: dict[str, Any]) -> str:
         "",
         "## What the decoder is given",
         "",
-        "Root mean square of the tapped states of the test scans: what all tokens share, what those of one scan share "
-        "beyond it, and the rest; and how many directions the last two span.",
+        made_of,
         "",
         "| encoder | tap | common | scan | token | directions |",
         "|---|---|---|---|---|---|",
         *(
-            f"| {name} | {tap} | "
-            + " | ".join(f"{row[part]:.2f}" for part in ("common", "scan", "token"))
-            + f" | {row['directions']:.1f} |"
+            f"| {name} | {tap} | {row['common']:.2f} | {row['scan']:.2f} | {row['token']:.2f} "
+            f"| {row['directions']:.1f} |"
             for name, rows in result["states"].items()
             for tap, row in enumerate(rows, start=1)
         ),

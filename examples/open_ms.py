@@ -1,4 +1,4 @@
-"""Real scans of four channels, end to end: one patient trains, another is segmented. What it takes, not how well it works.
+"""Real scans of four channels, end to end: one patient trains, another is segmented. What it takes, not how well.
 
     python examples/open_ms.py --data ../shared/data/open_ms
 
@@ -10,8 +10,8 @@ its own, whose wall time and peak memory are taken:
 2. `segraft adapt` trains a UNETR with this encoder frozen, a rank-stabilised LoRA per channel, and the decoder;
 3. `segraft predict` segments both patients, and the unseen one again without its T1 with contrast.
 
-Writes `open_ms.json` to `--results`. Then one step of the network with the decoder of the channel-wise paper (64 channels
-at full size), for its time and memory. `--quick` takes small networks and one step of each, which is for testing the example.
+Then one step with the decoder of the channel-wise paper (64 channels at full size), for its time and memory. Writes
+`open_ms.json` to `--results`. `--quick` takes small networks and one step of each, which is for testing the example.
 """
 
 import argparse
@@ -59,8 +59,8 @@ class Sizes:
     patch: tuple[int, int, int] = (128, 128, 48)
     encoder: dict[str, Any] = field(default_factory=dict)
     feature_size: int = 16
-    masked_epochs: int = 16
-    epochs: int = 30
+    masked_epochs: int = 10
+    epochs: int = 20
     rank: int = 16
     paper: int | None = 64
     overlap: float = 0.25
@@ -197,6 +197,7 @@ def timed(*arguments: object) -> tuple[Any, dict[str, Any]]:
         if process.returncode:
             sys.exit(errors.read().decode())
         unit = 1 if sys.platform == "darwin" else 1024
+        print(arguments[0], f"{seconds:.0f} s", file=sys.stderr, flush=True)
         return json.loads(said.read()), {"seconds": seconds, "peak_gib": usage.ru_maxrss * unit / 2**30}
 
 
