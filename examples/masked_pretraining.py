@@ -33,6 +33,7 @@ from segraft.evaluation.results import mean_sd
 from segraft.jobs import adapt, evaluate
 from segraft.jobs.adapting import BaseSource
 from segraft.jobs.masked_pretraining import FIGURE, pretrain_masked
+from segraft.jobs.model import build_from
 from segraft.jobs.run_folder import versions
 from segraft.jobs.unlabelled import read_unlabelled
 from segraft.networks import build, load_base, load_checkpoint, read_base
@@ -133,7 +134,7 @@ def losses(data: Path, encoder: Path, cases: dict[str, Any]) -> dict[str, float]
     net, info = load_base(encoder)
     images = middles(data, cases["test"])
     torch.manual_seed(0)
-    fresh = build(info.network, in_channels=1, out_channels=1, arguments=info.arguments)
+    fresh = build_from(info.network, info.arguments)
     found: dict[str, float] = {}
     with torch.no_grad():
         targets = net.targets(images)[0]
@@ -219,6 +220,8 @@ def states(data: Path, out: Path, encoder: Path, cases: dict[str, Any], seed: in
 
     `common` is what all tokens of all scans share, `scan` what those of a scan share beyond it, `token` the rest.
     `directions` is how many directions there are in scan and token (the exponential of their spectrum's entropy).
+    `place` is how well a linear map of the normed states tells where a token is (R²; every second scan is left out of
+    its fit and serves to measure it).
     """
     images, found = middles(data, cases["test"]), {}
     for name, weights in (("random", untrained(out, seed)), ("pre-trained", encoder)):
@@ -234,10 +237,22 @@ def states(data: Path, out: Path, encoder: Path, cases: dict[str, Any], seed: in
             parts = {"common": common, "scan": scan - common, "token": state - scan}
             rows.append(
                 {part: float(value.square().mean().sqrt()) for part, value in parts.items()}
-                | {"directions": float(torch.special.entr(share).sum().exp())}
+                | {"directions": float(torch.special.entr(share).sum().exp()), "place": told_place(net, state)}
             )
         found[name] = rows
     return found
+
+
+def told_place(net: torch.nn.Module, state: torch.Tensor) -> float:
+    """R² of a ridge regression of the tokens' coordinates, over the axes."""
+    normed = net.normed(state).double()
+    places = torch.cartesian_prod(*(torch.arange(size).double() for size in net.grid))
+    places = (places - places.mean(0)) / places.std(0, correction=0)
+    fitted, tested = (normed[start::2].flatten(0, 1) for start in (0, 1))
+    targets = [places.repeat(len(normed[start::2]), 1) for start in (0, 1)]
+    penalty = 10 * torch.eye(fitted.shape[1], dtype=torch.float64)
+    weights = torch.linalg.solve(fitted.T @ fitted + penalty, fitted.T @ targets[0])
+    return float(1 - (tested @ weights - targets[1]).square().mean())
 
 
 def main() -> None:
@@ -341,7 +356,8 @@ def markdown_of(result: dict[str, Any]) -> str:
     )
     made_of = (
         "Root mean square of the tapped states of the test scans, before they are normed: what all tokens share, what "
-        "those of one scan share beyond it, and the rest; and how many directions the last two span."
+        "those of one scan share beyond it, and the rest; how many directions the last two span; and how well a linear "
+        "map of the normed states tells where in the image a token is (R²)."
     )
     lines = [
         "# An encoder from scans without labels, and ten labelled cases",
@@ -374,11 +390,11 @@ def markdown_of(result: dict[str, Any]) -> str:
         "",
         made_of,
         "",
-        "| encoder | tap | common | scan | token | directions |",
-        "|---|---|---|---|---|---|",
+        "| encoder | tap | common | scan | token | directions | place |",
+        "|---|---|---|---|---|---|---|",
         *(
             f"| {name} | {tap} | {row['common']:.2f} | {row['scan']:.2f} | {row['token']:.2f} "
-            f"| {row['directions']:.1f} |"
+            f"| {row['directions']:.1f} | {row['place']:.2f} |"
             for name, rows in result["states"].items()
             for tap, row in enumerate(rows, start=1)
         ),
