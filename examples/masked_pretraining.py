@@ -338,6 +338,20 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def gain(rows: list[dict[str, Any]]) -> str:
+    """What pre-training changes, over all pairs."""
+    found = {(row["encoder"], row["trained"], row["seed"]): overall(row) for row in rows}
+    changes = [
+        value - found["random", trained, seed]
+        for (encoder, trained, seed), value in found.items()
+        if encoder == "pre-trained"
+    ]
+    return (
+        f"Over all {len(changes)} pairs pre-training changes it by {fmean(changes):+.3f} (from {min(changes):+.3f} to "
+        f"{max(changes):+.3f}); it is higher in {sum(change > 0 for change in changes)} of them."
+    )
+
+
 def markdown_of(result: dict[str, Any]) -> str:
     """The page."""
     protocol, cases, before = result["protocol"], result["cases"], result["pretraining"]
@@ -370,7 +384,7 @@ def markdown_of(result: dict[str, Any]) -> str:
         "",
         *table(result["rows"]),
         "",
-        f"Dice: mean over {tested} cases and both labels; SD over draws.",
+        f"Dice: mean over {tested} cases and both labels; SD over draws. " + gain(result["rows"]),
         "",
         "## Telling hidden patches",
         "",

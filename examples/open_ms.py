@@ -53,7 +53,7 @@ class Sizes:
         rank: of the adapters.
         paper: feature size of the further step; None leaves it out.
         overlap: of windows.
-        device: where to compute.
+        crop: voxels of each axis that are kept of a scan, about its lesions; None: all.
     """
 
     patch: tuple[int, int, int] = (128, 128, 48)
@@ -64,10 +64,11 @@ class Sizes:
     rank: int = 16
     paper: int | None = 64
     overlap: float = 0.25
+    crop: int | None = None
 
 
 QUICK = Sizes(
-    patch=(64, 64, 48),
+    patch=(32, 32, 32),
     encoder={"hidden_size": 48, "mlp_dim": 96, "num_layers": 4, "num_heads": 3},
     feature_size=4,
     masked_epochs=1,
@@ -75,6 +76,7 @@ QUICK = Sizes(
     rank=2,
     paper=None,
     overlap=0.0,
+    crop=48,
 )
 
 
@@ -99,7 +101,7 @@ def main() -> None:
 
 def everything(data: Path, folder: Path, sizes: Sizes) -> dict[str, Any]:
     """All commands, in a folder; what is written of them."""
-    files = {patient: copied(data / patient, folder) for patient in (TRAINING, UNSEEN)}
+    files = {patient: copied(data / patient, folder, sizes.crop) for patient in (TRAINING, UNSEEN)}
     entry = {"image": {name: files[TRAINING][name] for name in CHANNELS}, "label": files[TRAINING][LABEL]}
     modality = {str(number): name for number, name in enumerate(CHANNELS)}
     listing = {"name": "open_ms", "modality": modality, "labels": {"1": "lesion"}, "training": [entry]}
@@ -173,13 +175,20 @@ def everything(data: Path, folder: Path, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def copied(patient: Path, folder: Path) -> dict[str, str]:
+def copied(patient: Path, folder: Path, crop: int | None) -> dict[str, str]:
     """Copies of a patient's files beside the listing; their names, by channel, and of the mask."""
-    names = {}
-    for name, start in (*CHANNELS.items(), (LABEL, LABEL)):
-        (file,) = patient.glob(f"{start}_N4*.nii.gz")
-        names[name] = f"{patient.name}_{name}.nii.gz"
-        shutil.copy(file, folder / names[name])
+    names = {name: f"{patient.name}_{name}.nii.gz" for name in (LABEL, *CHANNELS)}
+    box: tuple[slice, ...] | None = None
+    for name, target in names.items():
+        (file,) = patient.glob(f"{CHANNELS.get(name, name)}_N4*.nii.gz")
+        if crop is None:
+            shutil.copy(file, folder / target)
+            continue
+        image = nib.load(file)
+        if box is None:
+            middle = np.median(np.argwhere(voxels(file)), axis=0).astype(int)
+            box = tuple(slice(start, start + crop) for start in np.maximum(0, middle - crop // 2).tolist())
+        nib.save(image.slicer[box], folder / target)
     return names
 
 
