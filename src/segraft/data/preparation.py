@@ -90,6 +90,10 @@ _Intensities = Annotated[
 ]
 
 
+_LATER = {"channel_grids": "refuse", "average": "probability", "weights": "gaussian"}
+"""Fields that came later, with their defaults."""
+
+
 class Preparation(_Settings):
     """How scans are prepared, in this order: levelled, turned, resampled, scaled, cropped; then cut into patches.
 
@@ -106,6 +110,8 @@ class Preparation(_Settings):
         crop_foreground: crop to the box of what is above 0 after scaling, in any channel.
         patch: voxels along those axes that a network sees at once; a last size of 1 means 2D slices.
         overlap: of neighbouring patches along each axis, as a share of their size, when a whole scan is segmented.
+        average: what is averaged where patches overlap.
+        weights: of patches there: larger towards their centres, or the same throughout.
     """
 
     head: bool = False
@@ -116,6 +122,8 @@ class Preparation(_Settings):
     crop_foreground: bool = False
     patch: tuple[PositiveInt, PositiveInt, PositiveInt] = (96, 96, 96)
     overlap: float = Field(default=0.5, ge=0, lt=1)
+    average: Literal["probability", "logit"] = "probability"
+    weights: Literal["gaussian", "constant"] = "gaussian"
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], path: str | Path) -> "Preparation":
@@ -133,10 +141,10 @@ class Preparation(_Settings):
             ) from error
 
     @model_serializer(mode="wrap")
-    def _without_defaults_of_several_channels(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """So that the records of one channel, and trainings to go on with, are those from before there were several."""
+    def _without_later_defaults(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """So that records, and trainings to go on with, are those from before these fields were there."""
         values: dict[str, Any] = values_of(self)
-        return {name: value for name, value in values.items() if (name, value) != ("channel_grids", "refuse")}
+        return {name: value for name, value in values.items() if (name, value) not in _LATER.items()}
 
     @field_validator("orientation")
     @classmethod

@@ -146,14 +146,13 @@ def _patches(config: Config) -> tuple[dict[str, Any], list[str]]:
         if len(set(overlap)) != 1:
             raise Unlike(f"overlap is {overlap}")
         overlap = overlap[0]
-    weights = "Gaussian" if given.get("mode", "constant") == "gaussian" else "equal"
-    notes = [
-        "where patches overlap, their probabilities are averaged with Gaussian weights; the bundle run by MONAI averages "
-        f"logits with {weights} ones."
-    ]
+    weights = given.get("mode", "constant")
+    if weights not in ("gaussian", "constant"):
+        raise Unlike(f"mode is {weights}")
+    notes = []
     if given.get("padding_mode", "constant") != "constant":
         notes.append("scans smaller than the patch are filled up with zeros here, by MONAI's run with their border.")
-    return {"patch": (*size, *([1] if flat else [])), "overlap": overlap}, notes
+    return {"patch": (*size, *([1] if flat else [])), "overlap": overlap, "average": "logit", "weights": weights}, notes
 
 
 def _positive(value: Any) -> bool:

@@ -113,7 +113,7 @@ def _inference(
     labels: Labels,
     channels: int,
 ) -> dict[str, Any]:
-    flat = preparation.patch[2] == 1
+    flat, logits = preparation.patch[2] == 1, preparation.average == "logit"
     return {
         "imports": ["$import glob"],
         "bundle_root": ".",
@@ -132,14 +132,14 @@ def _inference(
             **({"spatial_dim": 2} if flat else {}),
             "sw_batch_size": 4,
             "overlap": preparation.overlap,
-            "mode": "gaussian",
+            "mode": preparation.weights,
         },
-        # what is averaged over overlapping patches are probabilities
-        "probabilities": "$torch.nn.Sequential(@network, torch.nn.Sigmoid())",
+        "scores": "@network" if logits else "$torch.nn.Sequential(@network, torch.nn.Sigmoid())",
         VALUES: list(labels),
         "postprocessing": {
             "_target_": "Compose",
             "transforms": [
+                *([{"_target_": "Activationsd", "keys": "pred", "sigmoid": True}] if logits else []),
                 {
                     "_target_": "Invertd",
                     "keys": "pred",
@@ -166,14 +166,14 @@ def _inference(
             "_target_": "SupervisedEvaluator",
             "device": "@device",
             "val_data_loader": "@dataloader",
-            "network": "@probabilities",
+            "network": "@scores",
             "inferer": "@inferer",
             "postprocessing": "@postprocessing",
             "amp": False,
         },
         "segment": (
             "$torch.no_grad()(lambda item: @postprocessing({**item, "
-            "'pred': @inferer(item['image'][None].to(@device), @probabilities)[0]}))"
+            "'pred': @inferer(item['image'][None].to(@device), @scores)[0]}))"
         ),
         "initialize": (
             "$@network.load_state_dict(torch.load(@bundle_root + '/models/model.pt', map_location=@device, "
@@ -223,8 +223,6 @@ def _metadata(finished: Finished, targets: list[str]) -> dict[str, Any]:
         "pytorch_version": packages.version("torch").partition("+")[0],
         "numpy_version": packages.version("numpy"),
         "required_packages_version": needed,
-        "optional_packages_version": {},
-        "supported_apps": {},
         "name": f"Segmentation of {', '.join(names)}",
         "task": f"Segmentation of {', '.join(names)}",
         "description": f"A network adapted by Segraft ({finished.header.spec.method}), merged into its base.",

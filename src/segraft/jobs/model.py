@@ -113,6 +113,8 @@ class Model:
             image.as_tensor(),
             self.preparation.patch,
             overlap=self.preparation.overlap,
+            average=self.preparation.average,
+            weights=self.preparation.weights,
             device=where,
             precision=precision,
         )
