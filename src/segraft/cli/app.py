@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from segraft._version import __version__
+from segraft.cli.widths import fitted
 from segraft.errors import SegraftError
 
 if TYPE_CHECKING:
@@ -60,8 +61,12 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
     table = Table(*(Column(Text(name), overflow="fold") for name in columns), title=Text(title))
     for column in table.columns[len(columns) - right :]:
         column.justify = "right"
-    for row in rows:
+    texts = [list(row) for row in rows]
+    for row in texts:
         table.add_row(*(Text(value) for value in row))
+    widths = fitted([[name, *(row[place] for row in texts)] for place, name in enumerate(columns)], out.width)
+    for column, width in zip(table.columns, widths or (), strict=False):
+        column.width = width
     out.print(table)
 
 

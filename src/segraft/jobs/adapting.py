@@ -169,7 +169,8 @@ class BaseSource:
         if loaded.outputs is not None:
             described |= loaded.outputs.record()
             new = loaded.outputs.new
-        return LoadedBase(net, described, None, Served(), frozenset(new), loaded.untrained, loaded.notes(labels))
+        served = Served.by_weights(weights)
+        return LoadedBase(net, described, None, served, frozenset(new), loaded.untrained, loaded.notes(labels))
 
 
 @dataclass(frozen=True)
@@ -249,8 +250,9 @@ def adapt(
         spec: what to graft; None means `AdapterSpec("dora_c")`.
         labels: numbers or names; none means all of the cohort.
         shots: patients to draw, of those that did not train the base where there are enough; or the ids of the cases
-            to take; None means all.
-        preparation: of the scans, whole or only the fields that differ from the base's.
+            to take; None means all, of which those that trained the base with labels are left out.
+        preparation: of the scans, whole or only the fields that differ from the base's; `intensity` may be
+            given by the channel (see `by_channel`).
         settings: of the training; None means the defaults, changed as `ADAPTING` says.
         patient_pattern: regular expression whose first group, searched in a case's id, is the patient.
         resume: go on after the last finished epoch, exactly.
@@ -280,7 +282,9 @@ def adapt(
     adapters.graft(net, spec, seed=settings.seed)
     loaded.require_training(tuple(asked.values()))
     regions(net, settings.recompute)  # a wrong name is told before scans are read
-    chosen = choose(cohort, shots, seed=settings.seed, avoid=loaded.served, purpose="to adapt to", console=console)
+    # Scans whose labels nobody has read yet train as well as others: only a draw prefers those that are new.
+    avoid = None if shots is None and loaded.served.unlabelled else loaded.served
+    chosen = choose(cohort, shots, seed=settings.seed, avoid=avoid, purpose="to adapt to", console=console)
     given = training_set(
         cohort,
         chosen.cases,

@@ -219,7 +219,7 @@ def load_base_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> 
         return with_outputs(net, info, outputs), Served.of(info.record)
     net = build_from_start(described["network"], described["arguments"])
     load_checkpoint(net, where, outputs=outputs)
-    return net.eval(), Served()
+    return net.eval(), Served.by_weights(where)
 
 
 def base_file_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> Path:
