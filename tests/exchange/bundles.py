@@ -66,6 +66,7 @@ SEGRESNET: dict[str, Any] = {
 
 def network_of(described: Mapping[str, Any]) -> nn.Module:
     """By MONAI, with weights that make outputs of some size, and running statistics that are not the start's."""
+    torch.manual_seed(1)
     net: nn.Module = ConfigParser({"net": dict(described)}).get_parsed_content("net")
     generator = torch.Generator().manual_seed(5)
     state = net.state_dict()
@@ -138,8 +139,8 @@ def write_bundle(
     return folder
 
 
-def monai_mask(bundle: Path, scan: Path | Sequence[Path]) -> NDArray[np.int64]:
-    """What MONAI finds: the bundle's own preprocessing, inferer and postprocessing, up to the file."""
+def monai_item(bundle: Path, scan: Path | Sequence[Path]) -> tuple[dict[str, Any], ConfigParser]:
+    """What MONAI's network makes of a scan: the bundle's own preprocessing and inferer; and its configuration."""
     parser = ConfigParser()
     parser.read_config(bundle / "configs" / "inference.json")
     parser["bundle_root"] = str(bundle)
@@ -150,6 +151,13 @@ def monai_mask(bundle: Path, scan: Path | Sequence[Path]) -> NDArray[np.int64]:
     item = get("preprocessing")({"image": str(scan) if isinstance(scan, Path) else [str(each) for each in scan]})
     with torch.no_grad():
         item["pred"] = get("inferer")(item["image"][None], net.eval())[0]
+    return item, parser
+
+
+def monai_mask(bundle: Path, scan: Path | Sequence[Path]) -> NDArray[np.int64]:
+    """What MONAI finds: the same with the bundle's own postprocessing, up to the file."""
+    item, parser = monai_item(bundle, scan)
+    get = parser.get_parsed_content
     return np.asarray(get("postprocessing")(item)["pred"][0].numpy().astype(np.int64))
 
 

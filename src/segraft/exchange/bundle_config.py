@@ -127,6 +127,8 @@ class Config:
         try:
             tree = ast.parse(replaced, mode="eval").body
             return self._evaluated(tree, places, depth)
+        except SegraftError:
+            raise
         except (SyntaxError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise SegraftError(
                 f"{self.path} computes {text!r}, and expressions of bundles are not run: write its value there."

@@ -15,6 +15,9 @@ BACKGROUNDS = ("background", "everything else", "other", "bg")
 VALUES = "label_values"
 """Entry of the bundles that Segraft writes: the value in masks of each output."""
 
+SCORES, PROBABILITIES = "scores", "$torch.nn.Sequential(@network, torch.nn.Sigmoid())"
+"""Another one: what is averaged where patches overlap, the network's logits or these."""
+
 
 @dataclass(frozen=True)
 class Activation:

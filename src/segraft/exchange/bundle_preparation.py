@@ -7,6 +7,9 @@ from typing import Any
 from segraft.data.preparation import OWN_AXES, Intensity, Percentiles, Preparation, Window, ZScore
 from segraft.errors import SegraftError
 
+INVERTIBLE = ("Orientationd", "Spacingd", "CropForegroundd")
+"""Transforms after which a mask has to be brought back to its scan's grid."""
+
 AXES = [["L", "R"], ["P", "A"], ["I", "S"]]
 Arguments = Mapping[str, Any]
 

@@ -8,7 +8,7 @@ from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
 from segraft.exchange.bundle_config import Config, config_file, read_config
 from segraft.exchange.bundle_network import described, network_of, with_exchangeable_outputs
-from segraft.exchange.bundle_outputs import Activation, activation_of, labels_of
+from segraft.exchange.bundle_outputs import PROBABILITIES, SCORES, Activation, activation_of, labels_of
 from segraft.exchange.bundle_preparation import Unlike, read_transforms
 from segraft.exchange.opening import Opened, require_no_fold
 
@@ -152,7 +152,9 @@ def _patches(config: Config) -> tuple[dict[str, Any], list[str]]:
     notes = []
     if given.get("padding_mode", "constant") != "constant":
         notes.append("scans smaller than the patch are filled up with zeros here, by MONAI's run with their border.")
-    return {"patch": (*size, *([1] if flat else [])), "overlap": overlap, "average": "logit", "weights": weights}, notes
+    average = "probability" if config.raw(SCORES) == PROBABILITIES else "logit"
+    patch = (*size, *([1] if flat else []))
+    return {"patch": patch, "overlap": overlap, "average": average, "weights": weights}, notes
 
 
 def _positive(value: Any) -> bool:

@@ -14,9 +14,9 @@ from segraft._version import __version__
 from segraft.data.labels import Labels
 from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
-from segraft.exchange.bundle_outputs import VALUES
+from segraft.exchange.bundle_outputs import PROBABILITIES, SCORES, VALUES
 from segraft.exchange.bundle_page import LICENCE, readme
-from segraft.exchange.bundle_preparation import write_transforms
+from segraft.exchange.bundle_preparation import INVERTIBLE, write_transforms
 from segraft.exchange.formats import Finished
 from segraft.networks.bases import CHANNELS
 from segraft.networks.outputs import HEAD, INNER, OutputsOnTop
@@ -106,6 +106,16 @@ def _target(described: Any) -> str:
     return str(described.get("_target_", "")) if isinstance(described, Mapping) else ""
 
 
+_INVERT = {
+    "_target_": "Invertd",
+    "keys": "pred",
+    "transform": "@preprocessing",
+    "orig_keys": "image",
+    "nearest_interp": False,
+    "to_tensor": True,
+}
+
+
 def _inference(
     network: Mapping[str, Any],
     transforms: list[dict[str, Any]],
@@ -134,20 +144,13 @@ def _inference(
             "overlap": preparation.overlap,
             "mode": preparation.weights,
         },
-        "scores": "@network" if logits else "$torch.nn.Sequential(@network, torch.nn.Sigmoid())",
+        SCORES: "@network" if logits else PROBABILITIES,
         VALUES: list(labels),
         "postprocessing": {
             "_target_": "Compose",
             "transforms": [
                 *([{"_target_": "Activationsd", "keys": "pred", "sigmoid": True}] if logits else []),
-                {
-                    "_target_": "Invertd",
-                    "keys": "pred",
-                    "transform": "@preprocessing",
-                    "orig_keys": "image",
-                    "nearest_interp": False,
-                    "to_tensor": True,
-                },
+                *([_INVERT] if any(step["_target_"] in INVERTIBLE for step in transforms) else []),
                 {"_target_": "Lambdad", "keys": "pred", "func": mask_expression(labels)},
                 {
                     "_target_": "SaveImaged",

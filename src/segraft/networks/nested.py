@@ -16,7 +16,8 @@ def unet_parts(net: Any) -> Parts:
         down.append(f"{prefix}.0")
         up.append(f"{prefix}.2")
         prefix, level = f"{prefix}.1.submodule", level[1].submodule
-    return {"encoder": (*down, prefix), "decoder": tuple(up[1:]), "head": tuple(up[:1])}
+    parts = {"encoder": (*down, prefix), "decoder": tuple(up[1:]), "head": tuple(up[:1])}
+    return {name: prefixes for name, prefixes in parts.items() if prefixes}  # with one level there is no decoder
 
 
 def attention_unet_parts(net: Any) -> Parts:
