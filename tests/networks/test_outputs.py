@@ -71,7 +71,12 @@ def test_exchangeable(name, expected):
         "unet": LEVELS,
         "residual unet": LEVELS | {"num_res_units": 2},
         "attention unet": LEVELS,
-        "dynunet": {"kernel_size": (3,) * 3, "strides": (1, 2, 2), "upsample_kernel_size": (2, 2), "filters": (4, 8, 8)},
+        "dynunet": {
+            "kernel_size": (3,) * 3,
+            "strides": (1, 2, 2),
+            "upsample_kernel_size": (2, 2),
+            "filters": (4, 8, 8),
+        },
         "segresnet": {"init_filters": 8, "blocks_down": (1, 1), "blocks_up": (1,)},
     }[name]
     path = f"{type(net).__module__}:{type(net).__name__}"

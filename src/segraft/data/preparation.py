@@ -321,9 +321,10 @@ def _scaled(image: MetaTensor, told: str, intensity: Window | Percentiles | ZSco
     if not isinstance(intensity, ZScore):
         low, high = _range(image, told, intensity)
         return ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)(image)
-    counted = image.as_tensor()[image.as_tensor() != 0] if intensity.nonzero else image.as_tensor()
-    if counted.numel() < 2 or float(counted.std()) == 0:
-        raise SegraftError(f"{told} has one value throughout, so it has no standard deviation: is it the right file?")
+    plain = image.as_tensor()
+    counted = plain[plain != 0] if intensity.nonzero else plain
+    if not counted.numel() or float(counted.min()) == float(counted.max()):
+        raise SegraftError(f"{told} has one value beside 0, so nothing to scale by: choose a window, or percentiles.")
     return NormalizeIntensity(nonzero=intensity.nonzero)(image.clone())  # which writes into what it is given
 
 
