@@ -5,7 +5,7 @@ import torch
 from monai.networks.nets import UNETR, AttentionUnet, BasicUNet, DynUNet, SegResNet, SwinUNETR, UNet
 from torch import nn
 
-from segraft.adapters import AdapterSpec, graft
+from segraft.adapters import AdapterSpec, graft, require_gradients
 from segraft.adapters.selection import modules_by_name, parts_of
 from segraft.networks import build, load_checkpoint
 from segraft.networks.heads import find_head
@@ -58,6 +58,18 @@ def test_what_decoder_and_head_train_is_behind_the_encoder(name):
     assert all(value.grad is not None for value in net.parameters() if value.requires_grad)
     prefixes = parts_of(net)["encoder"]
     assert not [key for key in trained if any(key.startswith(f"{prefix}.") for prefix in prefixes)]
+
+
+@pytest.mark.parametrize("name", ["unet", "residual unet", "attention unet"])
+def test_nested_networks_adapt_from_where_they_are(name):
+    net = NETWORKS[name]().eval().requires_grad_(requires_grad=False)
+    image = torch.rand(1, 1, 16, 16, 16)
+    before = net(image)
+    graft(net, AdapterSpec("dora_c", rank=2))
+    after = net(image)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
+    after.square().mean().backward()
+    require_gradients(net)
 
 
 @pytest.mark.parametrize(
