@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import sys
+from unittest import mock
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import yaml
 from tests.exchange.bundles import (
     CT,
     PAINTED,
@@ -252,6 +255,40 @@ def test_folders_that_are_no_bundles(tmp_path):
     loader = {"_target_": "CheckpointLoader", "load_path": str(outside)}
     with pytest.raises(SegraftError, match="outside of the bundle"):
         open_base(f"monai:{write_bundle(tmp_path / 'c', SEGRESNET, ORGANS, more={'checkpointloader': loader})}")
+
+
+def test_yaml_and_old_metadata(tmp_path):
+    """As of the older bundles: YAML, and channels that the metadata does not name."""
+    bundle = write_bundle(tmp_path / "b", SEGRESNET, ORGANS, metadata={"network_data_format": {}})
+    path = bundle / "configs" / "inference.json"
+    path.with_suffix(".yaml").write_text(yaml.safe_dump(json.loads(path.read_text())))
+    path.unlink()
+    opened = open_base(f"monai:{bundle}")
+    assert dict(opened.labels) == {1: "label 1", 2: "label 2"}
+    assert any("does not name the outputs" in note for note in opened.notes)
+
+
+def test_predict_tells_what_differs(tmp_path, capsys):
+    from segraft.cli import main
+
+    largest = {"_target_": "KeepLargestConnectedComponentd", "keys": "pred"}
+    bundle = write_bundle(tmp_path / "b", SEGRESNET, ORGANS, post=[*SOFTMAX, largest])
+    scan = write_scan(tmp_path / "scan.nii.gz")
+    arguments = [
+        "segraft",
+        "predict",
+        f"monai:{bundle}",
+        str(scan),
+        "-o",
+        str(tmp_path / "m.nii.gz"),
+        "--device",
+        "cpu",
+    ]
+    with mock.patch.object(sys, "argv", arguments), pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    assert "KeepLargestConnectedComponentd of its postprocessing is left out" in capsys.readouterr().err
+    assert (tmp_path / "m.nii.gz").is_file()
 
 
 def test_weights_are_read_as_data(tmp_path):

@@ -194,6 +194,13 @@ def test_several_channels(tmp_path):
     require_valid(bundle, tmp_path)
     require_same_masks(adapted.path, bundle, data, tmp_path)
     assert open_base(f"monai:{bundle}").channels == ("T1", "FLAIR")
+    together = tmp_path / "together"  # as one file with the channel last, too
+    together.mkdir()
+    images = [nib.load(data / f"a_000{place}.nii.gz") for place in range(2)]
+    voxels = np.stack([image.get_fdata(dtype=np.float32) for image in images], axis=-1)
+    nib.save(nib.Nifti1Image(voxels, images[0].affine), together / "a.nii.gz")
+    (mask,) = masks_by_monai(bundle, together, tmp_path / "once").values()
+    assert np.array_equal(np.asarray(mask.dataobj), np.asarray(nib.load(tmp_path / "ours" / "a.nii.gz").dataobj))
 
 
 def test_regions(tmp_path):

@@ -189,9 +189,10 @@ def _inference(
 def _scans(channels: int) -> str:
     if channels == 1:
         return "$sorted(glob.glob(@dataset_dir + '/*.nii*'))"
+    # a file per channel, else files with the channel last
     return (
         f"$[[first.replace('_0000.nii', '_%04d.nii' % place) for place in range({channels})] "
-        "for first in sorted(glob.glob(@dataset_dir + '/*_0000.nii*'))]"
+        "for first in sorted(glob.glob(@dataset_dir + '/*_0000.nii*'))] or sorted(glob.glob(@dataset_dir + '/*.nii*'))"
     )
 
 
