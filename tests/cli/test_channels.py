@@ -288,6 +288,11 @@ def test_a_network_that_takes_missing_channels(segraft, cohort, tmp_path):
     assert np.isfinite(made.json["training"]["losses"]).all()
     told = segraft("predict", tmp_path / "run", cohort / "imagesTr/p4_0000.nii.gz", "-o", tmp_path / "m.nii", "--json")
     assert told.code == 0, told.err
+    second = shutil.copy(cohort / "imagesTr/p3_0001.nii.gz", tmp_path / "who_t1gd.nii.gz")
+    for given, name in ((("--channel", f"T1gd={second}"), "who"), ((cohort / "imagesTr/p3_0000.nii.gz",), "p3")):
+        told = segraft("predict", tmp_path / "run", *given, "-o", tmp_path / "masks")
+        assert told.code == 0, told.err
+        assert (tmp_path / "masks" / f"{name}.nii.gz").is_file()
     told = segraft("evaluate", tmp_path / "base", "--data", cohort, "--out", tmp_path, "--json")
     assert told.code == 0, told.err
     assert "p4" in {row["case"] for row in told.json["cases"]}

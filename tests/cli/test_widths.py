@@ -56,6 +56,11 @@ def test_where_words_must_be_broken_it_is_in_the_names(shown):
     assert max(map(len, text.splitlines())) <= 60
 
 
+def test_large_numbers_are_written_out(shown, monkeypatch):
+    monkeypatch.setitem(globals(), "FRAME", pd.DataFrame({"mL": [6097.02, 999.4, 0.00123, 3e-9, float("nan")]}))
+    assert shown(80).split("│")[1::2] == [" 6097    ", " 999     ", " 0.00123 ", " 3e-09   ", " nan     "]
+
+
 def test_nothing_to_do_and_nothing_to_be_done():
     assert fitted(COLUMNS, 300) is None
     assert fitted(COLUMNS, 30) is None

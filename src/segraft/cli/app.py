@@ -73,8 +73,13 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
 def show_frame(frame: "pd.DataFrame", title: str) -> None:
     """A table of results, numbers to three digits."""
     rows = frame.itertuples(index=False)
-    texts = ([f"{value:.3g}" if isinstance(value, float) else str(value) for value in row] for row in rows)
+    texts = ([_three_digits(value) if isinstance(value, float) else str(value) for value in row] for row in rows)
     show_table(title, [str(name) for name in frame.columns], texts)
+
+
+def _three_digits(value: float) -> str:
+    """And no powers of ten for what is large: 6097 mL, not 6.1e+03."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
 def show_line(text: str) -> None:

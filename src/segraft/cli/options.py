@@ -68,6 +68,13 @@ class ChannelGrids(StrEnum):
     resample = "resample"
 
 
+class MaskFormat(StrEnum):
+    """Of masks that are written."""
+
+    nifti = "nifti"
+    dicom_seg = "dicom-seg"
+
+
 class Schedule(StrEnum):
     """Of the learning rate."""
 
@@ -160,7 +167,8 @@ def training(
         bool | None,
         typer.Option(
             "--stop-when-converged/--all-epochs",
-            help="Stop when the training loss gained no more than 1 % in 20 epochs [adapt: yes, pretrain: no].",
+            help="Stop when the training loss gained no more than 1 % in 20 epochs [adapt: yes, but not "
+            "with onecycle; pretrain: no].",
             rich_help_panel=TRAINING,
         ),
     ] = None,

@@ -10,6 +10,7 @@ from rich.console import Console
 from segraft.data.checks import check_cases, load_case
 from segraft.data.cohort import Case, Cohort
 from segraft.data.labels import Labels
+from segraft.data.nifti import same_grid
 from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
 from segraft.evaluation.metrics import spacing_of, volume_ml
@@ -177,8 +178,14 @@ class Measured:
 
 
 def measure(case: Case, found: Segmentation, labels: Labels) -> Measured:
-    """Hold what was found in a case against its label, of which only `labels` count."""
+    """Hold what was found in a case against its label, of which only `labels` count.
+
+    Raises:
+        SegraftError: what was found is on another grid than the label.
+    """
     scan, label = load_case(case, labels)
+    if not same_grid(found.scan.grid, label):
+        raise SegraftError(f"the case {case.id} was segmented on another grid than its label's: segment its own scan.")
     truth, affine = np.asanyarray(label.dataobj), scan.first.affine
     results = evaluate_planes(case.id, found.plane, lambda value: labels.plane(truth, value), labels, affine)
     if not labels.regions:

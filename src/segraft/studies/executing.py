@@ -188,7 +188,7 @@ def _test(run: Run, base: Path, folder: Path) -> tuple[list[CaseResult], list[Ca
         measured = measure(cases[name], found, labels)
         results += measured.labels
         together += measured.together
-        write_mask(found.mask, found.scan.first, folder / MASKS / f"{name}.nii.gz")
+        write_mask(found.mask, found.scan.grid, folder / MASKS / f"{name}.nii.gz")
     return results, together
 
 
