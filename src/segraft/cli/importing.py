@@ -37,7 +37,8 @@ def import_(
 ) -> None:
     """Make a base of weights from elsewhere, or an adapter file of an adapter of PEFT (with --base).
 
-    What was loaded is said, and missing encoder weights are an error. With the preparation that they were trained with, the base segments by itself (zero-shot).
+    What was loaded is said, and missing encoder weights are an error. With the preparation that they were trained
+    with, the base segments by itself (zero-shot).
 
     Example: `segraft import foundation.pt --spacing 1.5 1.5 1.5 --window -175 250 --crop-foreground --out base`
     """

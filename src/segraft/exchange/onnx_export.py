@@ -58,7 +58,7 @@ def export_onnx(finished: Finished, folder: Path) -> tuple[str, ...]:
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     if reason is None:
         return ()
-    return (f"the model takes images of {' × '.join(map(str, sizes))} voxels alone, its patch ({reason}).",)
+    return (f"the model takes images of {_times(sizes)} voxels alone, its patch ({reason}).",)
 
 
 def _description(finished: Finished, sizes: Sequence[int]) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def _hold_against(net: nn.Module, path: Path, channels: int, sizes: Sequence[Seq
         SegraftError: onnxruntime cannot run it, or it computes otherwise.
     """
     import onnx
-    import onnxruntime
+    import onnxruntime  # type: ignore[import-untyped]
 
     generator = torch.Generator().manual_seed(0)
     options = onnxruntime.SessionOptions()
@@ -181,6 +181,10 @@ def _require_equal(found: Tensor, expected: Tensor, sizes: Sequence[int]) -> Non
     limit = LARGEST_DIFFERENCE * max(1.0, float(expected.abs().max()))
     if found.shape != expected.shape or not float((found - expected).abs().max()) <= limit:
         raise SegraftError(
-            f"what torch exported computes otherwise than the network on images of {' × '.join(map(str, sizes))} voxels: "
+            f"what torch exported computes otherwise than the network on images of {_times(sizes)} voxels: "
             "export another format."
         )
+
+
+def _times(sizes: Sequence[int]) -> str:
+    return " × ".join(map(str, sizes))

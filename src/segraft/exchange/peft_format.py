@@ -30,6 +30,9 @@ NO_TARGETS = "dummy-target-modules"
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
+UNSAVED = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+"""What cannot be one of `modules_to_save`."""
+
 CONFIG_VALUES: Mapping[str, Any] = {
     "alpha_pattern": {},
     "base_model_name_or_path": None,

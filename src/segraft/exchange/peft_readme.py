@@ -30,8 +30,8 @@ An adapter of Segraft {version} in the format of [PEFT](https://github.com/huggi
 
 - The base has {parameters} parameters, and its weights the fingerprint `{fingerprint}`
   (`segraft.adapters.fingerprint(base)`). On other weights the adapter is wrong, and PEFT does not check it.
-- The network takes images [batch, {channels}, X, Y{z}] and gives logits, one channel per label, in this order: {labels}.
-  The probability of a label is the sigmoid of its logit.
+- The network takes images [batch, {channels}, X, Y{z}] and gives logits, one channel per label, in this order:
+  {labels}. The probability of a label is the sigmoid of its logit.
 - `segraft.json` says how scans are prepared (spacing, intensities, patch); PEFT does not read it.
 """
 

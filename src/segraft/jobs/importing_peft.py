@@ -13,7 +13,8 @@ from segraft.data.labels import Labels
 from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
 from segraft.exchange.opening import open_base, scheme_of
-from segraft.exchange.peft_import import PeftFolder, graft_peft, read_peft
+from segraft.exchange.peft_folder import PeftFolder, read_peft
+from segraft.exchange.peft_import import graft_peft
 from segraft.jobs.adapting import LoadedBase, relative_to
 from segraft.jobs.cases import Served
 from segraft.jobs.locating import ADAPTER_FILE
