@@ -121,14 +121,17 @@ def _notes(finished: Finished, grafted: nn.Module, plan: Plan, tensors: Mapping[
         notes.append("the gates are multiplied into PEFT's B, without the directions that are not in use.")
     higher = [name for name, factors in plan.factors.items() if factors.rank > _rank_of(grafted, name)]
     if spec.factorisation != "lora" or higher:
-        bytes_now = sum(value.numel() * value.element_size() for value in tensors.values())
-        text = f"the factors ({spec.factorisation}) are multiplied out to LoRA's two, {bytes_now / 1e6:.2f} MB"
+        size = sum(_bytes(value) for key, value in tensors.items() if key.endswith((FACTOR_A, FACTOR_B)))
+        text = f"the factors ({spec.factorisation}) are multiplied out to LoRA's two ({size / 1e6:.2f} MB)"
         notes.append(text + (f"; the rank of {_told(higher)} is higher for it." if higher else "."))
     if any(isinstance(edit, BiasFactor) for edit in edits):
         notes.append("biases with factors are written as the biases that come of them.")
     for reason in dict.fromkeys(filter(None, plan.whole.values())):
         names = [name for name, why in plan.whole.items() if why == reason]
-        notes += [f"saved whole, as {reason}: {_told(names)}."]
+        size = sum(
+            _bytes(value) for key, value in tensors.items() if key.startswith(tuple(f"{PREFIX}{n}." for n in names))
+        )
+        notes += [f"saved whole ({size / 1e6:.2f} MB), as {reason}: {_told(names)}."]
     return notes
 
 
@@ -139,3 +142,7 @@ def _rank_of(grafted: nn.Module, name: str) -> int:
 
 def _told(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _bytes(value: Tensor) -> int:
+    return value.numel() * value.element_size()

@@ -112,7 +112,7 @@ def _why_whole(plain: nn.Module, names: list[str], edits: list[Edit]) -> str | N
     """Why a layer with factors has to be saved whole; None where PEFT's factors do."""
     weights = [edit for edit in edits if isinstance(edit, LowRank)]
     if len(names) > 1:
-        return f"{' and '.join(names)} are one layer, of which PEFT would replace the first alone"
+        return "the network holds it under several names, of which PEFT would replace one"
     why = why_no_factors(plain.get_submodule(names[0]), parent_of(plain, names[0]))
     if why:
         return why
@@ -139,10 +139,12 @@ def _factors(layer: nn.Module, edits: list[LowRank]) -> Factors:
         if magnitude is not None and edit.m is not None:
             magnitude[start:stop] = edit.m
     kernel = (1,) * (weight.ndim - 2)
-    b = torch.cat(lefts, dim=1)
+    a, b = torch.cat(parts), torch.cat(lefts, dim=1)
+    if len(a) > max(len(b), *(edit.rank for edit in edits)):  # more than ΔW's own rank can be
+        a, b = (b @ a.flatten(1)).view(len(b), *a.shape[1:]), torch.eye(len(b), dtype=b.dtype)
     if magnitude is not None and kernel:
         magnitude = magnitude.view(1, -1, *kernel)
-    return Factors(torch.cat(parts), b.view(*b.shape, *kernel), magnitude, scaling)
+    return Factors(a, b.view(*b.shape, *kernel), magnitude, scaling)
 
 
 def _two_matrices(edit: LowRank, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ def test_there_and_back(make, tmp_path):
     made = make("unet", AdapterSpec("dora_c", rank=2, train="head"))
     done = segraft("export", made.path, "--format", "peft", "-o", tmp_path / "out")
     assert done.exit_code == 0, done.output
-    assert "saved whole, as PEFT has no factors for ConvTranspose2d: upsampling.0." in done.output
+    assert "saved whole (0.00 MB), as PEFT has no factors for ConvTranspose2d: upsampling.0." in done.output
     back = tmp_path / "back.safetensors"
     done = segraft("import", tmp_path / "out", "--base", made.base, "-o", back, "--json")
     assert done.exit_code == 0, done.output

@@ -81,6 +81,39 @@ def test_networks(make, tmp_path, network, spec, says):
     assert says in check(make(network, spec), tmp_path / "out")
 
 
+def test_a_network_of_nnunet(make, tmp_path):
+    """It holds each convolution as `conv` and in `all_modules`, and calls the latter; PEFT would replace the former."""
+    pytest.importorskip("dynamic_network_architectures")
+    made = make(f"{__name__}:OfNnUNet", AdapterSpec("dora_c", rank=2))
+    assert "holds it under several names, of which PEFT would replace one" in check(made, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {key.split(".lora")[0] for key in tensors if "lora" in key} == {
+        f"base_model.model.net.decoder.seg_layers.{level}" for level in (0, 1)
+    }
+
+
+class OfNnUNet(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        from dynamic_network_architectures.architectures.unet import PlainConvUNet
+
+        norm = {"eps": 1e-5, "affine": True}
+        self.net = PlainConvUNet(
+            *(in_channels, 3, (4, 8, 16), nn.Conv3d, 3, [1, 2, 2], [2, 2, 2], out_channels, [2, 2], True),
+            *(nn.InstanceNorm3d, norm, None, None, nn.LeakyReLU, {"inplace": True}),
+        )
+
+    def forward(self, image):
+        return self.net(image)
+
+
+def test_a_rank_above_the_weights_own_is_not_written(make, tmp_path):
+    """Three directions of LoRA-C at three kernel positions are nine of LoRA, and the weight has four channels."""
+    check(make("unet", AdapterSpec("dora_c", rank=3, targets="encoder")), tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert tensors["base_model.model.encoder.0.2.lora_A.weight"].shape == (4, 4, 3, 3)
+
+
 def test_batch_norms_and_their_statistics(make, tmp_path):
     made = make("unet", AdapterSpec("dora_c", rank=2), norm="batch")
     check(made, tmp_path / "out")

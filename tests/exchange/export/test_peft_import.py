@@ -7,10 +7,14 @@ import warnings
 import peft
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from segraft.adapters import AdapterSpec, read_header
+from segraft.data.labels import Labels
+from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
+from segraft.exchange import opening
 from segraft.jobs import export, import_peft, load_model
 from segraft.networks import load_base, save_base
 
@@ -154,6 +158,33 @@ def test_another_base_is_refused(make, tmp_path):
     other = save_base(net, tmp_path / "other", network=info.network, arguments=info.arguments, record=info.record)
     with pytest.raises(SegraftError, match="was written for a base with fingerprint"):
         import_peft(tmp_path / "out", tmp_path / "a.safetensors", base=other.path)
+
+
+def test_a_base_of_another_tool(make, tmp_path, monkeypatch):
+    made = make("unet")
+    trained(made.plain(), lora(), tmp_path / "p")
+    save_file(made.plain().state_dict(), tmp_path / "weights.safetensors")
+    monkeypatch.setitem(opening.SCHEMES, "toy", f"{__name__}:open_toy")
+    result = import_peft(tmp_path / "p", tmp_path / "of_toy", base=f"toy:{tmp_path}")
+    model = load_model(result.path)
+    assert dict(model.labels) == {3: "core", 5: "rim"}
+    assert model.preparation.patch == (16, 16, 1)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        expected = peft.PeftModel.from_pretrained(made.plain(), str(tmp_path / "p")).eval()(made.image)
+        torch.testing.assert_close(model.net(made.image), expected, rtol=0, atol=1e-5)
+
+
+def open_toy(path, fold):
+    return opening.Opened(
+        network="unet",
+        arguments={"in_channels": 1, "widths": [4, 8]},
+        weights=path / "weights.safetensors",
+        labels=Labels({3: "core", 5: "rim"}),
+        background=False,
+        channels=("",),
+        preparation=Preparation(patch=(16, 16, 1)),
+    )
 
 
 def test_labels_and_preparation_of_ones_own(make, tmp_path):
