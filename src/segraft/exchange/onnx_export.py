@@ -23,6 +23,8 @@ AXES = ("x", "y", "z")
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
+CURE = ": export another format."
+
 LARGEST_DIFFERENCE = 1e-4
 """Of logits, or as a share of the largest where that is above 1."""
 
@@ -50,7 +52,7 @@ def export_onnx(finished: Finished, folder: Path) -> tuple[str, ...]:
             _write(net, path, sizes, any_size=True, description=description)
             _hold_against(net, path, len(finished.channels), (sizes, _other(sizes, size_multiple(net))))
         except SegraftError as error:
-            reason = str(error).rstrip(".")
+            reason = str(error).removesuffix(CURE)
     if reason is not None:
         _write(net, path, sizes, any_size=False, description=description)
         _hold_against(net, path, len(finished.channels), (sizes,))
@@ -116,9 +118,7 @@ def _write(net: nn.Module, path: Path, sizes: Sequence[int], *, any_size: bool, 
                 verbose=False,
             )
     except Exception as error:  # whatever a network makes the exporter stumble over
-        raise SegraftError(
-            f"torch cannot export {type(net).__name__} to ONNX ({_in_short(error)}): export another format."
-        ) from error
+        raise SegraftError(f"torch cannot export {type(net).__name__} to ONNX ({_in_short(error)}){CURE}") from error
     assert program is not None  # noqa: S101  as dynamo was asked for
     for name, value in description.items():
         program.model.metadata_props[name] = value if isinstance(value, str) else json.dumps(value)
@@ -155,7 +155,7 @@ def _hold_against(net: nn.Module, path: Path, channels: int, sizes: Sequence[Seq
         SegraftError: onnxruntime cannot run it, or it computes otherwise.
     """
     import onnx
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     generator = torch.Generator().manual_seed(0)
     options = onnxruntime.SessionOptions()
@@ -172,8 +172,7 @@ def _hold_against(net: nn.Module, path: Path, channels: int, sizes: Sequence[Seq
         raise
     except Exception as error:  # those of onnxruntime have no class of their own
         raise SegraftError(
-            f"onnxruntime cannot run what torch exported of {type(net).__name__} ({_in_short(error)}): export another "
-            "format."
+            f"onnxruntime cannot run what torch exported of {type(net).__name__} ({_in_short(error)}){CURE}"
         ) from error
 
 
@@ -181,8 +180,7 @@ def _require_equal(found: Tensor, expected: Tensor, sizes: Sequence[int]) -> Non
     limit = LARGEST_DIFFERENCE * max(1.0, float(expected.abs().max()))
     if found.shape != expected.shape or not float((found - expected).abs().max()) <= limit:
         raise SegraftError(
-            f"what torch exported computes otherwise than the network on images of {_times(sizes)} voxels: "
-            "export another format."
+            f"what torch exported computes otherwise than the network on images of {_times(sizes)} voxels{CURE}"
         )
 
 

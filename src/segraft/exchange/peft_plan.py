@@ -120,6 +120,9 @@ def _why_whole(plain: nn.Module, names: list[str], edits: list[Edit]) -> str | N
         return "its weight was trained whole, too"
     if weights[0].m is not None and sum(edit.rank for edit in weights) == 0:
         return "it has no directions left but the magnitudes"
+    weight: Tensor = plain.get_submodule(names[0]).weight  # type: ignore[assignment]
+    if weights[0].m is not None and not bool(weight.flatten(1).any(1).all()):
+        return "a channel of it is zero throughout, which PEFT's DoRA divides by"
     return None
 
 

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from segraft import adapters
 from segraft.adapters import ParameterTable, parameter_table
 from segraft.data.labels import Labels
@@ -72,7 +70,7 @@ def import_peft(
             "base that it was trained on."
         )
     task |= {name: value for name, value in read.record.items() if name != "base"}
-    record = _task(task, labels, preparation, loaded.net, base)
+    record = _task(task, labels, preparation, loaded, base)
     graft_peft(loaded.net, read)
     loaded.require_training(tuple(record["labels"].values()))
     described = loaded.described | {"path": relative_to(Path(loaded.described["path"]), path.parent)}
@@ -116,7 +114,7 @@ def _task(
     known: Mapping[str, Any],
     labels: Sequence[str],
     preparation: Preparation | Mapping[str, Any] | None,
-    net: nn.Module,
+    loaded: LoadedBase,
     base: str | Path,
 ) -> dict[str, Any]:
     """Labels, channels and preparation, for the adapter's record.
@@ -141,7 +139,7 @@ def _task(
         )
     settled = Preparation.from_record(task["preparation"], Path(base))
     names = Labels({int(value): name for value, name in task["labels"].items()})
-    check_network(net, settled.patch, len(names), max(1, len(task.get("channels", ()))))
+    check_network(loaded.net, settled.patch, len(names), loaded.described["arguments"].get("in_channels", 1))
     return task
 
 

@@ -48,6 +48,29 @@ def test_any_number_of_images_of_any_size(make, tmp_path):
         torch.testing.assert_close(run(tmp_path / "out" / "model.onnx", image), expected, rtol=0, atol=1e-4)
 
 
+class Placed(torch.nn.Module):
+    """Of convolutions alone, but for one size."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.layer = torch.nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.places = torch.nn.Parameter(torch.randn(1, 1, 16, 16))
+
+    def forward(self, image):
+        return self.layer(image) + self.places
+
+
+def test_a_network_that_takes_one_size_alone(make, tmp_path):
+    made = make(f"{__name__}:Placed", AdapterSpec("lora", rank=2), patch=(16, 16, 1))
+    (note,) = export(made.path, tmp_path / "out", format="onnx").notes
+    assert note.startswith("the model takes images of 16 × 16 voxels alone, its patch (")
+    assert "\n" not in note
+    assert "export another format" not in note
+    model = tmp_path / "out" / "model.onnx"
+    torch.testing.assert_close(run(model, made.image), made.logits(), rtol=0, atol=1e-4)
+    assert json.loads((tmp_path / "out" / "model.json").read_text())["input"]["sizes"] == [16, 16]
+
+
 def test_it_says_what_it_segments(make, tmp_path):
     made = make("unet", channels=2, labels=("core", "rim", "halo"))
     export(made.path, tmp_path / "out", format="onnx")

@@ -107,6 +107,17 @@ class OfNnUNet(nn.Module):
         return self.net(image)
 
 
+def test_a_channel_of_zeros(make, tmp_path):
+    """PEFT's DoRA divides by the channel's norm, and gives NaN; Segraft leaves it zero."""
+
+    def dead(net):
+        with torch.no_grad():
+            net.encoder[0][2].segraft["default"]["weight"].m[1] = 0
+
+    made = make("unet", AdapterSpec("dora", rank=2, train="head"), change=dead)
+    assert "a channel of it is zero throughout" in check(made, tmp_path / "out")
+
+
 def test_a_rank_above_the_weights_own_is_not_written(make, tmp_path):
     """Three directions of LoRA-C at three kernel positions are nine of LoRA, and the weight has four channels."""
     check(make("unet", AdapterSpec("dora_c", rank=3, targets="encoder")), tmp_path / "out")

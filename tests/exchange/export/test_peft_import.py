@@ -105,6 +105,12 @@ def test_networks(make, tmp_path, network, targets, saved):
     check(made.base, config, tmp_path / "p", tmp_path / "a.safetensors", made.image)
 
 
+def test_several_channels(make, tmp_path):
+    made = make("unet", channels=3)
+    result = check(made.base, lora(), tmp_path / "p", tmp_path / "a.safetensors", made.image)
+    assert load_model(result.path).channels == ("C0", "C1", "C2")
+
+
 def test_batch_norms(make, tmp_path):
     made = make("unet", norm="batch")
     config = peft.LoraConfig(r=2, target_modules=["encoder.0.0"], modules_to_save=["encoder.0.1"])
