@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from segraft.jobs.model import Model, load_model
     from segraft.jobs.predicting import predict
     from segraft.jobs.pretraining import pretrain
+    from segraft.jobs.sharing import pull, push
 
 _HOMES = {
     "Model": "model",
@@ -24,9 +25,22 @@ _HOMES = {
     "load_model": "model",
     "predict": "predicting",
     "pretrain": "pretraining",
+    "pull": "sharing",
+    "push": "sharing",
 }
 
-__all__ = ["Model", "adapt", "evaluate", "export", "import_base", "load_model", "predict", "pretrain"]
+__all__ = [
+    "Model",
+    "adapt",
+    "evaluate",
+    "export",
+    "import_base",
+    "load_model",
+    "predict",
+    "pretrain",
+    "pull",
+    "push",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,337 @@
+"""Adapters and bases on the Hugging Face Hub: pushed with a page of their own, pulled so that they predict."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from segraft.adapters import AdapterHeader, read_header
+from segraft.atomic import replacing
+from segraft.errors import SegraftError
+from segraft.exchange import hub
+from segraft.exchange.hub import CARD
+from segraft.exchange.model_card import MARK, Published, adapter_card, base_card, front_matter
+from segraft.exchange.outgoing import Record, beside, outgoing, without_cases, without_digests
+from segraft.jobs.locating import ADAPTER_FILE, header_of, holds_base
+from segraft.jobs.model import base_file_of
+from segraft.networks import Base, read_base
+from segraft.networks.bases import FILE_NAME
+
+SMALL = 50_000_000
+"""Bytes up to which a base that Segraft trained goes along with an adapter, unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Result of `push`.
+
+    Attributes:
+        repository: owner/name.
+        url: of its page; None where nothing was sent.
+        commit: 40 hex digits; None where nothing was sent.
+        private: whether only its owner sees it; None where nothing was sent.
+        files: name in the repository -> bytes.
+        card: text of the page; None where the page there is kept.
+        notes: what the user should know.
+    """
+
+    repository: str
+    url: str | None
+    commit: str | None
+    private: bool | None
+    files: dict[str, int]
+    card: str | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """Result of `pull`: the folder, its files, the commit that they are of, and what the user should know."""
+
+    path: Path
+    repository: str
+    commit: str
+    files: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+
+def push(
+    file: str | Path,
+    repository: str,
+    *,
+    revision: str | None = None,
+    private: bool = False,
+    base: str | None = None,
+    with_base: bool | None = None,
+    base_path: str | Path | None = None,
+    license: str | None = None,  # noqa: A002
+    cases: bool = True,
+    digests: bool = True,
+    dry_run: bool = False,
+) -> Pushed:
+    """Put an adapter, or a base, on the Hub, with a page written from its record.
+
+    In the file there, the base's path is but its file's name, as `pull` puts it beside; all tensors are the same.
+
+    Args:
+        file: an adapter file, a base file, or the folder of one.
+        repository: owner/name; made where it is not there.
+        revision: branch; made where it is not there. None means the main one.
+        private: the repository must be private.
+        base: repository in which an adapter's base is.
+        with_base: push an adapter's base along, into the same repository. None: if it is a base file that Segraft
+            trained, of `SMALL` bytes at most, and `base` names no repository.
+        base_path: where that base is, if it was moved.
+        license: as the Hub calls it (`apache-2.0`); None: as the page there says, or none.
+        cases: False: the ids of the cases that trained it become numbers, and their data set has no name.
+        digests: False: nothing of them is left.
+        dry_run: send nothing.
+
+    Raises:
+        SegraftError: it is none of Segraft's files, its base cannot go along, or the Hub refuses it or is not reached.
+    """
+    header = header_of(Path(file))
+    hub.checked_name(repository)
+    if not dry_run:
+        hub.require_token()
+    along, notes = _base_along(header, base, with_base=with_base, base_path=base_path)
+    there = None if dry_run else hub.find(repository, revision) or (hub.find(repository) if revision else None)
+    if there is not None and isinstance(header, AdapterHeader) and along is None and FILE_NAME in there.files:
+        raise SegraftError(
+            f"{repository} holds a {FILE_NAME}, which whoever pulls would take for this adapter's base: push with "
+            "--with-base, or to another repository."
+        )
+    if base is not None and not dry_run:
+        hub.look(base)
+    page = hub.fetch(there, CARD).read_text(encoding="utf-8") if there is not None and CARD in there.files else None
+    said = front_matter(page or "").get("license")
+    with TemporaryDirectory(prefix="segraft-") as folder:
+        files, told = _files(header, along, Path(folder), cases=cases, digests=digests)
+        summary, stale = _evaluation(header)
+        published = Published(
+            repository,
+            files[_name(header)].stat().st_size,
+            base_along=along is not None,
+            base_repository=base,
+            license=license or (str(said) if said else None),
+            evaluation=summary,
+        )
+        card = None if page is not None and MARK not in page else _card(header, published)
+        if card is None:
+            notes.append(f"{CARD} of {repository} was written or changed by hand, and stays as it is there.")
+        else:
+            files[CARD] = Path(folder) / CARD
+            files[CARD].write_text(card, encoding="utf-8")
+        notes += [*told, *stale]
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        if dry_run:
+            return Pushed(repository, None, None, None, sizes, card, tuple(notes))
+        what = "base" if isinstance(header, Base) else f"adapter ({header.spec.method})"
+        done = hub.push(repository, files, revision=revision, private=private, message=f"Segraft {what}")
+    if not done.changed:
+        notes.append(f"{repository} held just this already, so nothing was sent.")
+    return Pushed(repository, done.url, done.commit, done.private, sizes, card, tuple(notes))
+
+
+def pull(
+    repository: str,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    with_base: bool = True,
+    overwrite: bool = False,
+) -> Pulled:
+    """Get an adapter with its base, or a base, from the Hub, so that `predict` finds all it needs in `out`.
+
+    Only the files of these names are fetched, checked, and then put in place: nothing half, and nothing else of what
+    the repository holds.
+
+    Args:
+        repository: owner/name.
+        out: folder to write to.
+        revision: branch, tag or commit; None means the main branch.
+        with_base: get the adapter's base too: of the same repository, or of that which the page names as its base.
+        overwrite: replace files that are there.
+
+    Raises:
+        SegraftError: the repository holds no file of Segraft, `out` has one already, or the Hub is not reached.
+    """
+    out, there = Path(out), hub.look(repository, revision)
+    wanted = [name for name in (ADAPTER_FILE, FILE_NAME) if name in there.files]
+    if not wanted:
+        held = ", ".join(there.files[:5]) or "nothing"
+        raise SegraftError(
+            f"{repository} holds no {ADAPTER_FILE} (nor {FILE_NAME}) that `segraft push` wrote, but {held}: name "
+            "another repository or revision."
+        )
+    if wanted[0] == ADAPTER_FILE and not with_base:
+        wanted = [ADAPTER_FILE]
+    _require_free(out, [*wanted, CARD], overwrite=overwrite)
+    found = {name: hub.fetch(there, name) for name in (*wanted, *([CARD] if CARD in there.files else []))}
+    notes: list[str] = []
+    header = _checked(there, wanted[0], found[wanted[0]])
+    if isinstance(header, AdapterHeader) and with_base and FILE_NAME not in found:
+        base, notes = _base_elsewhere(header, found.get(CARD), out)
+        if base is not None:
+            _require_free(out, [FILE_NAME], overwrite=overwrite)
+            found[FILE_NAME] = base
+    elif FILE_NAME in found:
+        _checked(there, FILE_NAME, found[FILE_NAME])
+    sought = header.record.get("base", {}).get("path") if isinstance(header, AdapterHeader) else FILE_NAME
+    if FILE_NAME in found and sought != FILE_NAME:
+        notes.append(f"the adapter looks for its base elsewhere: predict with --base {out / FILE_NAME}.")
+    if not out.is_dir() and out.exists():
+        raise SegraftError(f"{out} is a file: choose a folder with --out.")
+    for name in sorted(found, key=(CARD, FILE_NAME, ADAPTER_FILE).index):  # what predicts comes last
+        with replacing(out / name) as aside:
+            shutil.copyfile(found[name], aside)
+    return Pulled(out, repository, there.commit, tuple(out / name for name in found), tuple(notes))
+
+
+def _name(header: AdapterHeader | Base) -> str:
+    return FILE_NAME if isinstance(header, Base) else ADAPTER_FILE
+
+
+def _card(header: AdapterHeader | Base, published: Published) -> str:
+    return base_card(header, published) if isinstance(header, Base) else adapter_card(header, published)
+
+
+def _base_along(
+    header: AdapterHeader | Base, repository: str | None, *, with_base: bool | None, base_path: str | Path | None
+) -> tuple[Path | None, list[str]]:
+    """The base file that goes along with an adapter, and what is to be known of that.
+
+    Raises:
+        SegraftError: it cannot, though it was asked for.
+    """
+    if isinstance(header, Base):
+        if repository is not None or with_base or base_path is not None:
+            raise SegraftError(f"{header.path} is a base itself: leave --base, --with-base and --base-path out.")
+        return None, _elsewhere(header)
+    if repository is not None and with_base:
+        raise SegraftError(f"--base {repository} says that the base is there already: leave that or --with-base out.")
+    if with_base is False or repository is not None:
+        return None, []
+    try:
+        where = base_file_of(header, base_path)
+    except SegraftError as error:
+        if with_base or base_path is not None:
+            raise SegraftError(f"{str(error).replace('--base', '--base-path')}") from error
+        return None, [f"the base is not pushed along, as it is not where it was: {error}"]
+    if not holds_base(where):
+        if with_base:
+            raise SegraftError(
+                f"{where} is no base file of Segraft, and only such are pushed: name the repository in which the "
+                "weights are published with --base, or make a base of them (segraft import), and adapt that."
+            )
+        return None, [f"the base, {where.name}, is of another format and not pushed along; its fingerprint is said."]
+    base = read_base(where)
+    size = where.stat().st_size
+    if with_base is None and ("imported" in base.record or size > SMALL):
+        why = "its weights were made elsewhere" if "imported" in base.record else f"it has {size / 1e6:.0f} MB"
+        return None, [f"the base is not pushed along, as {why}: add --with-base, or say where it is with --base."]
+    chosen = [] if with_base else [f"the base goes along ({size / 1e6:.1f} MB): leave it out with --without-base."]
+    return where, [*chosen, *_elsewhere(base)]
+
+
+def _elsewhere(base: Base) -> list[str]:
+    """That weights of others have a licence of theirs."""
+    if "imported" not in base.record:
+        return []
+    return [f"the weights of {base.path} were made elsewhere: see that their licence lets you publish them."]
+
+
+def _files(
+    header: AdapterHeader | Base, along: Path | None, folder: Path, *, cases: bool, digests: bool
+) -> tuple[dict[str, Path], list[str]]:
+    """Name in the repository -> file, with what it says of cases left out as asked; and what it does say."""
+    sources = {_name(header): header.path} | ({} if along is None else {FILE_NAME: along})
+
+    def change(record: Record) -> dict[str, Any]:
+        kept = record if cases and digests else without_cases(record) if digests else without_digests(record)
+        return beside(kept)
+
+    files = {name: outgoing(path, folder / name, change) for name, path in sources.items()}
+    notes = []
+    for name, path in files.items():
+        record = header_of(path).record if name == FILE_NAME else read_header(path).record
+        ids = list(record.get("cases", {}))
+        if ids and cases and digests:
+            notes.append(
+                f"{name} names its {len(ids)} cases (such as {ids[0]}) and their data set, {record.get('dataset')}: to "
+                "push it without, pass --without-cases."
+            )
+        elif ids:
+            notes.append(
+                f"{name} holds numbers for the ids of its {len(ids)} cases and no name of their data set; digests of "
+                "their images stay, by which whoever has one can tell that it served: --without-digests drops them."
+            )
+    if not digests:
+        notes.append("without digests, nothing keeps the cases that trained a file from being evaluated on.")
+    return files, notes
+
+
+def _evaluation(header: AdapterHeader | Base) -> tuple[Mapping[str, Mapping[str, Any]], list[str]]:
+    """The summary of the evaluation beside a file, if there is one that is of it.
+
+    Raises:
+        SegraftError: it is not readable.
+    """
+    path = header.path.parent / "evaluation.json"
+    if not path.is_file():
+        return {}, []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        summary, model = dict(found["summary"]), found["record"].get("model")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SegraftError(f"{path} is not what `segraft evaluate` writes: evaluate again, or remove it.") from error
+    if model != header.path.name:
+        return {}, [f"{path} is of another file, and not on the page."]
+    if path.stat().st_mtime < header.path.stat().st_mtime:
+        return {}, [f"{path} is older than {header.path.name}, and not on the page: evaluate again."]
+    return summary, []
+
+
+def _require_free(out: Path, names: list[str], *, overwrite: bool) -> None:
+    """Refuse to write over files, unless asked to.
+
+    Raises:
+        SegraftError: naming the first.
+    """
+    taken = [out / name for name in names if (out / name).exists()]
+    if taken and not overwrite:
+        raise SegraftError(f"{taken[0]} exists: choose another --out, or pass --overwrite.")
+
+
+def _checked(there: hub.Repository, name: str, path: Path) -> AdapterHeader | Base:
+    """The header of a fetched file.
+
+    Raises:
+        SegraftError: it is not what its name says.
+    """
+    try:
+        return read_base(path) if name == FILE_NAME else read_header(path)
+    except SegraftError as error:
+        reason = str(error).replace(str(path), name)
+        raise SegraftError(f"nothing was written, as {name} of {there.name} cannot be used: {reason}") from error
+
+
+def _base_elsewhere(header: AdapterHeader, card: Path | None, out: Path) -> tuple[Path | None, list[str]]:
+    """The base of the repository that an adapter's page names, or how to go on without."""
+    named = front_matter(card.read_text(encoding="utf-8")).get("base_model") if card is not None else None
+    network = header.record.get("base", {}).get("network", "not recorded")
+    needed = (
+        f"its base (network {network}, fingerprint {header.fingerprint[:16]}) is not with it: say where you have it, "
+        f"segraft predict {out} SCAN --base BASE."
+    )
+    if not isinstance(named, str):
+        return None, [needed]
+    there = hub.look(named)
+    if FILE_NAME not in there.files:
+        return None, [f"{named}, which the page names as the base, holds no {FILE_NAME}: {needed}"]
+    path = hub.fetch(there, FILE_NAME)
+    _checked(there, FILE_NAME, path)
+    return path, [f"its base is from {named}, commit {there.commit[:12]}."]

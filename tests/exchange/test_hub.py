@@ -1,0 +1,440 @@
+"""Adapters on the Hub: pushed and pulled by the real client, against a stand-in of its API."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file
+
+import segraft
+from segraft.data.labels import Labels
+from segraft.data.preparation import Preparation, Window
+from segraft.errors import SegraftError
+from segraft.exchange import hub as hub_room
+from segraft.jobs import pull, push
+from segraft.jobs.model import task_record
+from segraft.networks import save_base
+
+CLIENT = runpy.run_path(str(Path(__file__).with_name("hub_client.py")))
+STANDIN = CLIENT["standin"]
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # in the client itself
+ARGUMENTS = {"in_channels": 1, "out_channels": 1, "widths": [4, 8], "spatial_dims": 3}
+PREPARATION = Preparation(spacing=(1, 1, 2), intensity=Window(low=-40, high=160), patch=(16, 16, 16))
+TASK = task_record(Labels.of({2: "rim | of <it>"}), PREPARATION)
+CASES = {"dataset": "Saint Elsewhere", "patient_pattern": "(.*)_", "cases": {"Smith_1": "b" * 16, "Jones_2": "a" * 16}}
+
+
+@pytest.fixture
+def served(monkeypatch, tmp_path):
+    with CLIENT["pointed_at_standin"](monkeypatch, tmp_path / "home") as server:
+        yield server
+
+
+@pytest.fixture
+def hub(served):
+    return served.hub
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """mine/run/adapter.safetensors, which looks for its base at mine/base/base.safetensors."""
+    torch.manual_seed(3)
+    net = segraft.networks.build("unet", in_channels=1, out_channels=1, arguments={"widths": [4, 8], "spatial_dims": 3})
+    mine = tmp_path / "mine"
+    base = save_base(net, mine / "base", network="unet", arguments=ARGUMENTS, record=TASK | CASES)
+    segraft.graft(net, segraft.AdapterSpec("dora_c", rank=2, train="head"))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    described = {"network": "unet", "arguments": ARGUMENTS, "path": "../base/base.safetensors"}
+    record = TASK | CASES | {"base": described | {"fingerprint": base.fingerprint}, "versions": {"torch": "2.0"}}
+    segraft.save(net, mine / "run" / "adapter.safetensors", record=record)
+    return mine / "run"
+
+
+def header(path: Path):
+    return segraft.adapters.read_header(path / "adapter.safetensors")
+
+
+def says(error: pytest.ExceptionInfo[SegraftError], *words: str) -> None:
+    text = str(error.value)
+    assert text.endswith((".", "?"))
+    assert "\n" not in text
+    for word in words:
+        assert word in text, text
+
+
+def predicted(model: Path, scan: Path, to: Path) -> np.ndarray:
+    segraft.jobs.predict(model, [scan], to)
+    return np.asanyarray(nib.load(to).dataobj)
+
+
+def test_what_was_pulled_predicts_the_same(hub, run, tmp_path):
+    scan = tmp_path / "scan.nii.gz"
+    voxels = np.random.default_rng(0).normal(50, 60, (20, 18, 12)).astype(np.float32)
+    nib.save(nib.Nifti1Image(voxels, np.diag([1, 1, 2, 1])), scan)
+    wanted = predicted(run, scan, tmp_path / "a.nii.gz")
+    assert 0.02 < (wanted == 2).mean() < 0.98
+    pushed = push(run, "ward/rim")
+    shutil.rmtree(run.parent)
+    pulled = pull("ward/rim", tmp_path / "pulled")
+    assert pulled.commit == pushed.commit
+    assert sorted(path.name for path in pulled.files) == ["README.md", "adapter.safetensors", "base.safetensors"]
+    assert pulled.notes == ()
+    np.testing.assert_array_equal(predicted(tmp_path / "pulled", scan, tmp_path / "b.nii.gz"), wanted)
+
+
+def test_only_the_path_of_the_base_is_changed(hub, run):
+    push(run, "ward/rim")
+    there = hub.files("ward/rim")
+    (run / "there").mkdir()
+    (run / "there" / "adapter.safetensors").write_bytes(there["adapter.safetensors"])
+    ours, theirs = header(run), header(run / "there")
+    assert theirs.record == ours.record | {"base": ours.record["base"] | {"path": "base.safetensors"}}
+    assert (theirs.fingerprint, theirs.spec, theirs.ranks) == (ours.fingerprint, ours.spec, ours.ranks)
+    before, after = load_file(ours.path), load_file(theirs.path)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert there["base.safetensors"] == (run.parent / "base" / "base.safetensors").read_bytes()
+
+
+def test_pushed_again_it_is_the_same_commit(hub, run, tmp_path):
+    first = push(run, "ward/rim")
+    again = push(run, "ward/rim")
+    assert again.commit == first.commit
+    assert any("held just this already" in note for note in again.notes)
+    pull("ward/rim", tmp_path / "pulled")
+    assert push(tmp_path / "pulled", "ward/rim").commit == first.commit
+
+
+def test_a_replaced_file_and_older_revisions(hub, run, tmp_path):
+    first = push(run, "ward/rim")
+    net, _ = segraft.networks.load_base(run.parent / "base")
+    segraft.load(net, run / "adapter.safetensors")
+    with torch.no_grad():
+        next(p for p in net.parameters() if p.requires_grad).add_(1)
+    segraft.save(net, run / "adapter.safetensors", record=header(run).record)
+    second = push(run, "ward/rim")
+    assert first.commit != second.commit
+    for revision, to in ((first.commit, "old"), (None, "new"), ("main", "main")):
+        pull("ward/rim", tmp_path / to, revision=revision)
+    old, new, main = ((tmp_path / to / "adapter.safetensors").read_bytes() for to in ("old", "new", "main"))
+    assert old != new == main
+    with pytest.raises(SegraftError, match="exists: choose another --out, or pass --overwrite"):
+        pull("ward/rim", tmp_path / "old")
+    pull("ward/rim", tmp_path / "old", overwrite=True)
+    assert (tmp_path / "old" / "adapter.safetensors").read_bytes() == new
+
+
+def test_a_branch_is_made_and_pulled(hub, run, tmp_path):
+    push(run, "ward/rim", revision="trial")
+    assert "adapter.safetensors" not in hub.files("ward/rim")
+    pushed = push(run, "ward/rim", revision="trial", license="mit")
+    assert pushed.url.endswith("/ward/rim/tree/trial")
+    with pytest.raises(SegraftError, match="holds no adapter"):
+        pull("ward/rim", tmp_path / "pulled")
+    assert pull("ward/rim", tmp_path / "pulled", revision="trial").commit == pushed.commit
+    with pytest.raises(SegraftError) as error:
+        pull("ward/rim", tmp_path / "other", revision="trail")
+    says(error, "ward/rim has no revision trail")
+
+
+def test_private(hub, run, tmp_path, monkeypatch):
+    assert push(run, "ward/rim", private=True).private is True
+    assert hub.repos["ward/rim"].private
+    pull("ward/rim", tmp_path / "pulled")
+    monkeypatch.setenv("HF_TOKEN", STANDIN["STRANGER"])
+    with pytest.raises(SegraftError) as error:
+        pull("ward/rim", tmp_path / "other")
+    says(error, "there is no model repository ward/rim", "HF_TOKEN")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_public_repository_does_not_pass_for_a_private_one(hub, run):
+    assert push(run, "ward/rim").private is False
+    before = dict(hub.files("ward/rim"))
+    with pytest.raises(SegraftError) as error:
+        push(run, "ward/rim", private=True, license="mit")
+    says(error, "ward/rim is public", "or choose another name")
+    assert hub.files("ward/rim") == before
+
+
+def test_cases_are_named_unless_left_out(hub, run, tmp_path):
+    notes = " ".join(push(run, "ward/rim").notes)
+    assert "names its 2 cases (such as Smith_1)" in notes
+    assert "Saint Elsewhere" in notes
+    notes = " ".join(push(run, "ward/quiet", cases=False).notes)
+    assert "holds numbers for the ids of its 2 cases" in notes
+    push(run, "ward/silent", digests=False)
+    everything = {name: b"".join(hub.files(f"ward/{name}").values()) for name in ("rim", "quiet", "silent")}
+    secrets = (b"Smith", b"Jones", b"Elsewhere", b"(.*)_")
+    assert all(secret in everything["rim"] for secret in secrets)
+    assert not any(secret in everything[name] for secret in secrets for name in ("quiet", "silent"))
+    assert b"a" * 16 in everything["quiet"]
+    assert b"a" * 16 not in everything["silent"]
+    pull("ward/quiet", tmp_path / "quiet")
+    for record in (header(tmp_path / "quiet").record, segraft.networks.read_base(tmp_path / "quiet").record):
+        assert record["cases"] == {"1": "a" * 16, "2": "b" * 16}
+    segraft.networks.load_base(tmp_path / "quiet")  # its fingerprint holds
+
+
+def test_the_page_never_names_cases(hub, run):
+    card = push(run, "ward/rim").card
+    assert "2 cases" in card
+    assert not any(word in card for word in ("Smith", "Jones", "Elsewhere", "aaaa"))
+
+
+@pytest.mark.parametrize(
+    ("with_base", "limit", "along"), [(None, 10**9, True), (None, 10, False), (True, 10, True), (False, 10**9, False)]
+)
+def test_small_bases_go_along(hub, run, monkeypatch, tmp_path, with_base, limit, along):
+    monkeypatch.setattr("segraft.jobs.sharing.SMALL", limit)
+    pushed = push(run, "ward/rim", with_base=with_base)
+    assert ("base.safetensors" in pushed.files) == ("base.safetensors" in hub.files("ward/rim")) == along
+    assert ("--base BASE" in pushed.card) != along
+    pulled = pull("ward/rim", tmp_path / "pulled")
+    assert any("say where you have it" in note for note in pulled.notes) != along
+
+
+def test_weights_made_elsewhere_go_along_only_when_asked(hub, run):
+    net, base = segraft.networks.load_base(run.parent / "base")
+    record = base.record | {"imported": {"weights": "x.pt", "layout": "state dict"}}
+    save_base(net, run.parent / "base", network="unet", arguments=ARGUMENTS, record=record)
+    assert "base.safetensors" not in push(run, "ward/rim").files
+    asked = push(run, "ward/rim", with_base=True)
+    assert "base.safetensors" in asked.files
+    assert any("licence" in note for note in asked.notes)
+
+
+def test_a_base_of_another_format_does_not_go_along(hub, run):
+    net, _ = segraft.networks.load_base(run.parent / "base")
+    torch.save(net.state_dict(), run / "weights.pt")
+    segraft.load(net, run / "adapter.safetensors")
+    record = header(run).record
+    segraft.save(net, run / "adapter.safetensors", record=record | {"base": record["base"] | {"path": "weights.pt"}})
+    assert list(push(run, "ward/rim").files) == ["adapter.safetensors", "README.md"]
+    with pytest.raises(SegraftError) as error:
+        push(run, "ward/rim", with_base=True)
+    says(error, "weights.pt is no base file of Segraft", "segraft import")
+
+
+def test_a_base_in_a_repository_of_its_own(hub, run, tmp_path):
+    assert "## Use" in push(run.parent / "base", "ward/base").card
+    pushed = push(run, "ward/rim", base="ward/base", license="cc-by-4.0")
+    assert "base.safetensors" not in pushed.files
+    assert "base_model: ward/base\nbase_model_relation: adapter\nlicense: cc-by-4.0\n" in pushed.card
+    pulled = pull("ward/rim", tmp_path / "pulled")
+    assert "its base is from ward/base" in pulled.notes[0]
+    segraft.jobs.load_model(tmp_path / "pulled")
+    assert not (tmp_path / "alone").exists()
+    pull("ward/rim", tmp_path / "alone", with_base=False)
+    assert sorted(path.name for path in (tmp_path / "alone").iterdir()) == ["README.md", "adapter.safetensors"]
+    pull("ward/base", tmp_path / "base")
+    segraft.networks.load_base(tmp_path / "base")
+
+
+def test_a_base_that_does_not_belong_is_not_left_beside(hub, run):
+    push(run, "ward/rim")
+    with pytest.raises(SegraftError, match="would take for this adapter's base"):
+        push(run, "ward/rim", with_base=False)
+    with pytest.raises(SegraftError) as error:
+        push(run, "ward/other", base="ward/missing")
+    says(error, "there is no model repository ward/missing")
+    assert "ward/other" not in hub.repos
+
+
+def test_a_moved_base(hub, run, tmp_path):
+    (run.parent / "base").rename(tmp_path / "moved")
+    assert any("not where it was" in note for note in push(run, "ward/rim").notes)
+    with pytest.raises(SegraftError, match="say where it is with --base-path"):
+        push(run, "ward/rim", with_base=True)
+    assert "base.safetensors" in push(run, "ward/rim", base_path=tmp_path / "moved").files
+
+
+def test_a_page_changed_by_hand_stays_and_what_was_said_of_the_licence_too(hub, run):
+    push(run, "ward/rim", license="cc-by-4.0")
+    assert "license: cc-by-4.0" in push(run, "ward/rim").card
+    repo = hub.repos["ward/rim"]
+    repo.commit("main", hub.files("ward/rim") | {"README.md": b"mine"})
+    pushed = push(run, "ward/rim", license="mit")
+    assert pushed.card is None
+    assert any("by hand" in note for note in pushed.notes)
+    assert hub.files("ward/rim")["README.md"] == b"mine"
+
+
+def test_dry_run_asks_the_hub_nothing(hub, run, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    pushed = push(run, "ward/rim", dry_run=True)
+    assert (pushed.url, pushed.commit) == (None, None)
+    assert "rim" in pushed.card
+    assert hub.asked == []
+
+
+def test_only_files_of_segraft_are_fetched(hub, run, tmp_path):
+    push(run, "ward/rim")
+    hub.repos["ward/rim"].commit("main", hub.files("ward/rim") | {"pytorch_model.bin": b"\x80\x04cos\nsystem\n"})
+    hub.asked.clear()
+    pull("ward/rim", tmp_path / "pulled")
+    assert not any("pytorch_model.bin" in asked for asked in hub.asked)
+    hub.repos["ward/else"] = STANDIN["Repo"]()
+    hub.repos["ward/else"].commit("main", {"pytorch_model.bin": b"\x80\x04cos\nsystem\n"})
+    with pytest.raises(SegraftError) as error:
+        pull("ward/else", tmp_path / "other")
+    says(error, "ward/else holds no adapter.safetensors", "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "base.safetensors"])
+def test_a_file_that_is_none_is_not_put_in_place(hub, run, tmp_path, name):
+    push(run, "ward/rim")
+    hub.repos["ward/rim"].commit("main", hub.files("ward/rim") | {name: b"\x80\x04cos\nsystem\n"})
+    with pytest.raises(SegraftError) as error:
+        pull("ward/rim", tmp_path / "pulled")
+    says(error, "nothing was written", f"{name} of ward/rim cannot be used")
+    assert not (tmp_path / "pulled").exists()
+
+
+def test_a_download_that_breaks_off(hub, run, tmp_path):
+    push(run, "ward/rim")
+    hub.cut = 40
+    with pytest.raises(SegraftError) as error:
+        pull("ward/rim", tmp_path / "pulled")
+    says(error, "ward/rim could not be fetched", "try again")
+    assert not (tmp_path / "pulled").exists()
+    hub.cut = None
+    pull("ward/rim", tmp_path / "pulled")
+    segraft.jobs.load_model(tmp_path / "pulled")
+
+
+PULLED = {
+    "GET /api/models": {
+        401: "does not accept the token",
+        404: "refuses this (404",
+        429: "too many requests",
+        500: "has trouble of its own (500)",
+    },
+    "HEAD /ward/rim/resolve": {500: "has trouble of its own (500)", 403: "your token may not do this"},
+}
+
+
+@pytest.mark.parametrize(("where", "status"), [(where, status) for where, told in PULLED.items() for status in told])
+def test_what_the_hub_answers_when_pulling(hub, run, tmp_path, where, status):
+    push(run, "ward/rim")
+    hub.broken[where] = status
+    with pytest.raises(SegraftError) as error:
+        pull("ward/rim", tmp_path / "pulled")
+    says(error, PULLED[where][status], "ward/rim")
+    assert not (tmp_path / "pulled").exists()
+
+
+@pytest.mark.parametrize(
+    "where", ["POST /api/repos", "POST /ward/rim.git", "PUT /lfs", "POST /api/models/ward/rim/commit"]
+)
+@pytest.mark.parametrize(("status", "told"), [(403, "your token may not do this"), (500, "trouble of its own")])
+def test_what_the_hub_answers_when_pushing(hub, run, where, status, told):
+    hub.broken[where] = status
+    with pytest.raises(SegraftError) as error:
+        push(run, "ward/rim")
+    says(error, told, "ward/rim")
+    assert "ward/rim" not in hub.repos or "adapter.safetensors" not in hub.files("ward/rim")
+
+
+def test_who_may_not_write(hub, run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", STANDIN["READER"])
+    with pytest.raises(SegraftError, match="token may not do this"):
+        push(run, "ward/rim")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(SegraftError, match="does not accept the token"):
+        push(run, "ward/rim")
+    monkeypatch.delenv("HF_TOKEN")
+    hub.asked.clear()
+    with pytest.raises(SegraftError, match="nothing says who pushes: set HF_TOKEN"):
+        push(run, "ward/rim")
+    assert hub.asked == []
+
+
+def test_gated(hub, run, tmp_path):
+    push(run, "ward/rim")
+    hub.repos["ward/rim"].gated = True
+    with pytest.raises(SegraftError) as error:
+        pull("ward/rim", tmp_path / "pulled")
+    says(error, "ward/rim is gated: ask for access at http://127.0.0.1")
+
+
+def test_offline_and_no_connection(served, run, tmp_path, monkeypatch):
+    push(run, "ward/rim")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SegraftError) as error:
+        pull("ward/rim", tmp_path / "pulled")
+    says(error, "HF_HUB_OFFLINE says to stay offline: unset it")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    served.server.shutdown()
+    served.server.server_close()
+    huggingface_hub.close_session()
+    with pytest.raises(SegraftError) as error:
+        pull("ward/rim", tmp_path / "pulled")
+    says(error, "check the connection")
+
+
+@pytest.mark.parametrize("name", ["rim", "a/b/c", "ward/", "ward/r m", "ward/rim.git", "../etc", "", "ward/r..m"])
+def test_names_that_are_none(hub, run, tmp_path, name):
+    for what in (lambda: push(run, name), lambda: pull(name, tmp_path / "pulled")):
+        with pytest.raises(SegraftError) as error:
+            what()
+        says(error, "is no name of a repository: write owner/name")
+    assert hub.asked == []
+
+
+def test_a_licence_that_the_hub_does_not_know(hub, run):
+    with pytest.raises(SegraftError) as error:
+        push(run, "ward/rim", license="my own")
+    says(error, "refuses the model card", "give a --license that it knows")
+
+
+def test_without_the_client(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(SegraftError, match=r"pip install 'segraft\[hub\]'"):
+        push(run, "ward/rim")
+
+
+def test_errors_that_are_not_the_hubs_keep_their_trace(hub):
+    with pytest.raises(KeyError), hub_room._telling("ward/rim", None):
+        raise KeyError("a bug")
+
+
+def test_by_the_environment_alone(served, run, tmp_path):
+    """A process of its own, with nothing set but what a user sets; importing the command line reaches for nothing."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": served.url,
+        "HF_HOME": str(tmp_path / "other_home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": STANDIN["WRITER"],
+    }
+    code = (
+        "import sys; import segraft.cli; assert 'huggingface_hub' not in sys.modules\n"
+        "for words in (['push', sys.argv[1], 'ward/rim', '--json'], ['pull', 'ward/rim', '-o', sys.argv[2]]):\n"
+        "    sys.argv[1:] = words\n"
+        "    try: segraft.cli.main()\n"
+        "    except SystemExit as stop: assert not stop.code, stop.code\n"
+    )
+    code = code.replace("for words", "given = list(sys.argv)\nfor words").replace("sys.argv[2]", "given[2]")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run), str(tmp_path / "pulled")],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout[: done.stdout.rindex("}") + 1])["repository"] == "ward/rim"
+    assert (tmp_path / "pulled" / "adapter.safetensors").is_file()
