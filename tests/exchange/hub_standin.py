@@ -222,6 +222,8 @@ class Handler(BaseHTTPRequestHandler):
         repo, files = self._writing(name), dict(self._at(name, branch)[1])
         for line in self.body.splitlines():
             value = json.loads(line)["value"]
+            if value.get("parentCommit", repo.branches[branch]) != repo.branches[branch]:
+                raise RefusedError(412, message="The repository has changed")
             match json.loads(line)["key"]:
                 case "file":
                     files[value["path"]] = base64.b64decode(value["content"])

@@ -256,7 +256,7 @@ def test_a_base_that_does_not_belong_is_not_left_beside(hub, run):
 
 def test_a_moved_base(hub, run, tmp_path):
     (run.parent / "base").rename(tmp_path / "moved")
-    assert any("not where it was" in note for note in push(run, "ward/rim").notes)
+    assert any("not pushed along" in note for note in push(run, "ward/rim").notes)
     with pytest.raises(SegraftError, match="say where it is with --base-path"):
         push(run, "ward/rim", with_base=True)
     assert "base.safetensors" in push(run, "ward/rim", base_path=tmp_path / "moved").files
@@ -438,3 +438,80 @@ def test_by_the_environment_alone(served, run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout[: done.stdout.rindex("}") + 1])["repository"] == "ward/rim"
     assert (tmp_path / "pulled" / "adapter.safetensors").is_file()
+
+
+def test_left_out_cases_stay_in_earlier_commits(hub, run):
+    push(run, "ward/rim")
+    assert any("earlier commits of ward/rim stay" in note for note in push(run, "ward/rim", cases=False).notes)
+    assert not any("earlier" in note for note in push(run, "ward/new", cases=False).notes)
+
+
+def test_saved_from_python_without_a_record(hub, run, tmp_path):
+    net, _ = segraft.networks.load_base(run.parent / "base")
+    segraft.graft(net, segraft.AdapterSpec("lora", rank=1))
+    path = segraft.save(net, tmp_path / "bare.safetensors")
+    pushed = push(path, "ward/bare")
+    assert any("does not name its base network" in note for note in pushed.notes)
+    assert hub.files("ward/bare")["adapter.safetensors"] == path.read_bytes()
+    pull("ward/bare", tmp_path / "pulled")
+    segraft.load(segraft.networks.load_base(run.parent / "base")[0], tmp_path / "pulled" / "adapter.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda path: None, None),
+        (lambda path: os.utime(path, (1, 1)), "is older than adapter.safetensors"),
+        (lambda path: path.write_text(path.read_text().replace("adapter.s", "other.s")), "is of another file"),
+    ],
+)
+def test_the_evaluation_beside_the_adapter(hub, run, spoil, told):
+    row = {"n": 5, "dice_mean": 0.7, "dice_sd": 0.1, "hausdorff95_mm_mean": 2.0, "hausdorff95_mm_sd": 1.0}
+    content = {"cases": [], "summary": {"rim": row}, "record": {"model": "adapter.safetensors"}}
+    (run / "evaluation.json").write_text(json.dumps(content))
+    spoil(run / "evaluation.json")
+    pushed = push(run, "ward/rim")
+    assert ("| rim | 5 | 0.700 (0.10) |" in pushed.card) == (told is None)
+    assert told is None or any(told in note for note in pushed.notes)
+    assert "evaluation.json" not in hub.files("ward/rim")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"summary": {}}', '{"summary": 3, "record": {}}'])
+def test_an_evaluation_that_is_none(hub, run, content):
+    (run / "evaluation.json").write_text(content)
+    with pytest.raises(SegraftError, match="evaluate again, or remove it"):
+        push(run, "ward/rim")
+
+
+def test_the_base_that_a_page_names_is_gone(hub, run, tmp_path):
+    push(run.parent / "base", "ward/base")
+    push(run, "ward/rim", base="ward/base")
+    del hub.repos["ward/base"]
+    with pytest.raises(SegraftError) as error:
+        pull("ward/rim", tmp_path / "pulled")
+    says(error, "--without-base", "there is no model repository ward/base")
+    assert not (tmp_path / "pulled").exists()
+    pull("ward/rim", tmp_path / "pulled", with_base=False)
+
+
+def test_somebody_else_pushed_meanwhile(hub, run, monkeypatch):
+    push(run, "ward/rim")
+    real = STANDIN["Handler"]._upload
+
+    def meanwhile(handler, each):
+        repo = hub.repos["ward/rim"]
+        repo.commit("main", hub.files("ward/rim") | {"other": b"1"})
+        return real(handler, each)
+
+    monkeypatch.setattr(STANDIN["Handler"], "_upload", meanwhile)
+    with pytest.raises(SegraftError, match="somebody else changed the repository meanwhile"):
+        push(run, "ward/rim", license="mit")
+
+
+def test_a_cache_that_cannot_be_written(hub, run, tmp_path, monkeypatch):
+    push(run, "ward/rim")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file"))
+    with pytest.raises(SegraftError) as error:
+        pull("ward/rim", tmp_path / "pulled")
+    says(error, "HF_HOME, can be written to")

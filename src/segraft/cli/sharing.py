@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from segraft.cli import options
-from segraft.cli.app import show_json, show_line, show_notes, show_table
+from segraft.cli.app import progress_console, show_json, show_line, show_notes, show_table
 from segraft.cli.options import Common, OutFolder, takes
 
 Repository = Annotated[str, typer.Argument(help="Model repository on the Hub, as owner/name.", metavar="OWNER/NAME")]
@@ -59,6 +59,7 @@ def push(
         cases=not (without_cases or without_digests),
         digests=not without_digests,
         dry_run=dry_run,
+        bars=progress_console(as_json=common.as_json) is not None,
     )
     if common.as_json:
         show_json(asdict(result))
@@ -88,7 +89,14 @@ def pull(
     """
     from segraft.jobs import pull as job
 
-    result = job(repository, out, revision=revision, with_base=not without_base, overwrite=overwrite)
+    result = job(
+        repository,
+        out,
+        revision=revision,
+        with_base=not without_base,
+        overwrite=overwrite,
+        bars=progress_console(as_json=common.as_json) is not None,
+    )
     if common.as_json:
         show_json(asdict(result))
         return

@@ -7,6 +7,7 @@ Only files asked for by name are transferred. The token and the cache are the cl
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import ERROR
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,26 +70,26 @@ def find(name: str, revision: str | None = None) -> Repository | None:
     Raises:
         SegraftError: as `look`, for all other reasons.
     """
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
     try:
         return look(name, revision)
     except SegraftError as error:
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
         absent = isinstance(error.__cause__, RepositoryNotFoundError | RevisionNotFoundError)
         if absent and not isinstance(error.__cause__, GatedRepoError):
             return None
         raise
 
 
-def fetch(repository: Repository, file: str) -> Path:
-    """A file of a repository, at its commit, in the client's cache.
+def fetch(repository: Repository, file: str, *, bars: bool = False) -> Path:
+    """A file of a repository, at its commit, in the client's cache; with its progress bar, if asked for.
 
     Raises:
         SegraftError: it is not there, or could not be fetched whole.
     """
     from huggingface_hub import hf_hub_download
 
-    with _telling(repository.name, repository.commit):
+    with _telling(repository.name, repository.commit, bars=bars):
         return Path(
             hf_hub_download(
                 repository.name,
@@ -120,6 +121,7 @@ def push(
     revision: str | None = None,
     private: bool = False,
     message: str,
+    bars: bool = False,
 ) -> Commit:
     """Put files into a repository, in one commit; the repository and the branch are made where they are not there.
 
@@ -129,6 +131,7 @@ def push(
         revision: branch; None means the main one.
         private: the repository must be, or is made, private; else it is as it is, or as its owner's new ones are.
         message: of the commit.
+        bars: show the client's progress bars.
 
     Raises:
         SegraftError: it is public where it must be private, the token may not write, or the Hub is not reached.
@@ -141,7 +144,7 @@ def push(
             f"{name} is public, and a private repository was asked for: make it private in its settings on the Hub, "
             "or choose another name."
         )
-    with _telling(name, revision, pushing=True) as api:
+    with _telling(name, revision, pushing=True, bars=bars) as api:
         if before is None:
             api.create_repo(name, private=True if private else None, exist_ok=True)
         if revision is not None:
@@ -152,6 +155,7 @@ def push(
             [CommitOperationAdd(where, str(file)) for where, file in files.items()],
             commit_message=message,
             revision=revision,
+            parent_commit=parent.sha,
         )
         url = f"{api.endpoint}/{name}" + ("" if revision is None else f"/tree/{revision}")
         return Commit(url, made.oid, bool(parent.private), made.oid != parent.sha)
@@ -191,14 +195,14 @@ def _client() -> "HfApi":
 
 
 @contextmanager
-def _telling(name: str, revision: str | None, *, pushing: bool = False) -> Iterator["HfApi"]:
+def _telling(name: str, revision: str | None, *, pushing: bool = False, bars: bool = False) -> Iterator["HfApi"]:
     """The client; what goes wrong with it becomes one sentence, and it says nothing besides.
 
     Raises:
         SegraftError: from the client's error.
     """
     api = _client()
-    with _silent():
+    with _silent(bars=bars):
         try:
             yield api
         except SegraftError:
@@ -211,20 +215,20 @@ def _telling(name: str, revision: str | None, *, pushing: bool = False) -> Itera
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """Without the client's progress bars and warnings, as they were afterwards."""
+def _silent(*, bars: bool) -> Iterator[None]:
+    """Without the client's warnings, and without its progress bars unless asked for; as they were afterwards."""
     from huggingface_hub.utils import logging
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    bars, level = not are_progress_bars_disabled(), logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    if bars:
+    shown, level = not are_progress_bars_disabled(), logging.get_verbosity()
+    logging.set_verbosity(ERROR)
+    if shown and not bars:
         disable_progress_bars()
     try:
         yield
     finally:
         logging.set_verbosity(level)
-        if bars:
+        if shown and not bars:
             enable_progress_bars()
 
 
@@ -267,6 +271,7 @@ STATUS: dict[int, str] = {
     401: f"does not accept the token: {LOG_IN} with a valid one",
     403: "says that your token may not do this: use one that may write to that owner's repositories",
     409: "says that somebody else changed the repository meanwhile: look at it, and push again",
+    412: "says that somebody else changed the repository meanwhile: look at it, and push again",
     413: "says that the files are too large: push without the base",
     429: "says that there were too many requests: wait some minutes, and try again",
 }
@@ -300,6 +305,9 @@ def _sentence(error: BaseException, hub: str, name: str, revision: str | None, *
     if isinstance(error, ValueError) and "metadata in README.md" in str(error):
         what = " ".join(str(error).split()[4:])
         return f"{hub} refuses the model card of {name} ({what}): give a --license that it knows."
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{name}: {error.strerror}{where}: see that the client's cache, HF_HOME, can be written to."
     root = type(error).__module__.partition(".")[0]
     if root in CONNECTIONS or isinstance(error, OSError | RuntimeError | errors.LocalEntryNotFoundError):
         what = f"{name} could not be pushed to {hub}" if pushing else f"{name} could not be fetched from {hub}"

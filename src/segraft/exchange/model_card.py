@@ -11,7 +11,7 @@ from segraft.adapters import PRESETS, AdapterHeader, AdapterSpec
 from segraft.networks import Base
 
 MARK = "<!-- `segraft push` writes this page anew each time; take this line out to keep it as you change it. -->"
-TAGS = ("segraft", "medical", "image-segmentation")
+TAGS = ("segraft", "medical")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def adapter_card(header: AdapterHeader, published: Published) -> str:
         "segments": _labels(record),
         "base network": _network(base.get("network"), base.get("arguments", {})),
         "base's fingerprint": f"`{header.fingerprint}`",
-        "base": _where(published),
+        "base": _where(published, base.get("path")),
         "method": f"{spec.method}: W = {PRESETS[spec.method].formula} ({PRESETS[spec.method].source})",
         **_size(header, spec),
         "bytes": f"{published.bytes:,}",
@@ -183,15 +183,16 @@ def _network(network: object, arguments: Mapping[str, Any]) -> str:
         return "not recorded"
     given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     own = ": a class of its maker, which must be installed" if ":" in str(network) else ""
-    return f"`{_text(network)}` ({_text(given)}){own}"
+    return f"{_code(f'{network}({given})')}{own}"
 
 
-def _where(published: Published) -> str:
+def _where(published: Published, path: object) -> str:
     if published.base_along:
         return "`base.safetensors`, in this repository"
     if published.base_repository is not None:
         return f"[{published.base_repository}](https://huggingface.co/{published.base_repository})"
-    return "not in this repository: needed to predict, and known by its fingerprint"
+    file = f" ({_code(str(path).replace(chr(92), '/').rpartition('/')[2])} where it was trained)" if path else ""
+    return f"not in this repository{file}; needed to predict, and known by its fingerprint"
 
 
 def _size(header: AdapterHeader, spec: AdapterSpec) -> dict[str, str]:
@@ -206,11 +207,11 @@ def _size(header: AdapterHeader, spec: AdapterSpec) -> dict[str, str]:
         if spec.scale == "alpha":
             found["scale"] = f"α = {1.0 if spec.alpha is None else spec.alpha:g}"
         if spec.targets:
-            found["adapted"] = ", ".join(f"`{_text(place)}`" for place in spec.targets)
+            found["adapted"] = ", ".join(map(_code, spec.targets))
         if spec.channels > 1:
             found["channels"] = f"factors of their own for each of {spec.channels}"
     if spec.train:
-        found["trained whole"] = ", ".join(f"`{_text(place)}`" for place in spec.train)
+        found["trained whole"] = ", ".join(map(_code, spec.train))
     return found
 
 
@@ -233,11 +234,11 @@ def _preparation(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _intensity(values: Mapping[str, Any]) -> str:
-    bounds = {"window": ("low", "high", ""), "percentiles": ("lower", "upper", ". percentile")}
+    bounds = {"window": ("low", "high", ""), "percentiles": ("lower", "upper", "percentile ")}
     if values.get("kind") not in bounds:
         return _text(", ".join(f"{name} {value}" for name, value in values.items()))
     low, high, unit = bounds[values["kind"]]
-    return f"{values[low]:g}{unit} becomes 0, {values[high]:g}{unit} becomes 1"
+    return f"{unit}{values[low]:g} becomes 0, {unit}{values[high]:g} becomes 1"
 
 
 def _mean(row: Mapping[str, Any], name: str, digits: int) -> str:
@@ -264,7 +265,15 @@ def _shell(text: str) -> str:
 
 def _text(value: object) -> str:
     """A value as it stands in a table: on one line, without what Markdown or HTML would read."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value)) or "none"
     words = {True: "yes", False: "no", None: "none"}
     shown = words[value] if isinstance(value, bool) or value is None else str(value)
     shown = " ".join(shown.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")
     return shown.replace("`", "'").replace("[", "&#91;")
+
+
+def _code(text: str) -> str:
+    """The same as code."""
+    shown = " ".join(text.split()).replace("`", "'").replace("|", "\\|")
+    return f"`{shown}`"

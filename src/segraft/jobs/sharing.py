@@ -71,6 +71,7 @@ def push(
     cases: bool = True,
     digests: bool = True,
     dry_run: bool = False,
+    bars: bool = False,
 ) -> Pushed:
     """Put an adapter, or a base, on the Hub, with a page written from its record.
 
@@ -89,6 +90,7 @@ def push(
         cases: False: the ids of the cases that trained it become numbers, and their data set has no name.
         digests: False: nothing of them is left.
         dry_run: send nothing.
+        bars: show the progress of what is sent.
 
     Raises:
         SegraftError: it is none of Segraft's files, its base cannot go along, or the Hub refuses it or is not reached.
@@ -126,11 +128,13 @@ def push(
             files[CARD] = Path(folder) / CARD
             files[CARD].write_text(card, encoding="utf-8")
         notes += [*told, *stale]
+        if there is not None and not (cases and digests) and {ADAPTER_FILE, FILE_NAME} & set(there.files):
+            notes.append(f"earlier commits of {repository} stay as they are, with the cases that its files named then.")
         sizes = {name: path.stat().st_size for name, path in files.items()}
         if dry_run:
             return Pushed(repository, None, None, None, sizes, card, tuple(notes))
         what = "base" if isinstance(header, Base) else f"adapter ({header.spec.method})"
-        done = hub.push(repository, files, revision=revision, private=private, message=f"Segraft {what}")
+        done = hub.push(repository, files, revision=revision, private=private, message=f"Segraft {what}", bars=bars)
     if not done.changed:
         notes.append(f"{repository} held just this already, so nothing was sent.")
     return Pushed(repository, done.url, done.commit, done.private, sizes, card, tuple(notes))
@@ -143,6 +147,7 @@ def pull(
     revision: str | None = None,
     with_base: bool = True,
     overwrite: bool = False,
+    bars: bool = False,
 ) -> Pulled:
     """Get an adapter with its base, or a base, from the Hub, so that `predict` finds all it needs in `out`.
 
@@ -155,6 +160,7 @@ def pull(
         revision: branch, tag or commit; None means the main branch.
         with_base: get the adapter's base too: of the same repository, or of that which the page names as its base.
         overwrite: replace files that are there.
+        bars: show the progress of what is fetched.
 
     Raises:
         SegraftError: the repository holds no file of Segraft, `out` has one already, or the Hub is not reached.
@@ -170,11 +176,11 @@ def pull(
     if wanted[0] == ADAPTER_FILE and not with_base:
         wanted = [ADAPTER_FILE]
     _require_free(out, [*wanted, CARD], overwrite=overwrite)
-    found = {name: hub.fetch(there, name) for name in (*wanted, *([CARD] if CARD in there.files else []))}
+    found = {name: hub.fetch(there, name, bars=bars) for name in (*wanted, *([CARD] if CARD in there.files else []))}
     notes: list[str] = []
     header = _checked(there, wanted[0], found[wanted[0]])
     if isinstance(header, AdapterHeader) and with_base and FILE_NAME not in found:
-        base, notes = _base_elsewhere(header, found.get(CARD), out)
+        base, notes = _base_elsewhere(header, found.get(CARD), out, bars=bars)
         if base is not None:
             _require_free(out, [FILE_NAME], overwrite=overwrite)
             found[FILE_NAME] = base
@@ -183,8 +189,6 @@ def pull(
     sought = header.record.get("base", {}).get("path") if isinstance(header, AdapterHeader) else FILE_NAME
     if FILE_NAME in found and sought != FILE_NAME:
         notes.append(f"the adapter looks for its base elsewhere: predict with --base {out / FILE_NAME}.")
-    if not out.is_dir() and out.exists():
-        raise SegraftError(f"{out} is a file: choose a folder with --out.")
     for name in sorted(found, key=(CARD, FILE_NAME, ADAPTER_FILE).index):  # what predicts comes last
         with replacing(out / name) as aside:
             shutil.copyfile(found[name], aside)
@@ -219,8 +223,8 @@ def _base_along(
         where = base_file_of(header, base_path)
     except SegraftError as error:
         if with_base or base_path is not None:
-            raise SegraftError(f"{str(error).replace('--base', '--base-path')}") from error
-        return None, [f"the base is not pushed along, as it is not where it was: {error}"]
+            raise SegraftError(str(error).replace("--base", "--base-path")) from error
+        return None, [f"the base is not pushed along: {str(error).replace('--base', '--base-path')}"]
     if not holds_base(where):
         if with_base:
             raise SegraftError(
@@ -233,7 +237,7 @@ def _base_along(
     if with_base is None and ("imported" in base.record or size > SMALL):
         why = "its weights were made elsewhere" if "imported" in base.record else f"it has {size / 1e6:.0f} MB"
         return None, [f"the base is not pushed along, as {why}: add --with-base, or say where it is with --base."]
-    chosen = [] if with_base else [f"the base goes along ({size / 1e6:.1f} MB): leave it out with --without-base."]
+    chosen = [] if with_base else [f"the base goes along ({size / 1e6:.2g} MB): leave it out with --without-base."]
     return where, [*chosen, *_elsewhere(base)]
 
 
@@ -301,6 +305,8 @@ def _require_free(out: Path, names: list[str], *, overwrite: bool) -> None:
     Raises:
         SegraftError: naming the first.
     """
+    if out.exists() and not out.is_dir():
+        raise SegraftError(f"{out} is a file: choose a folder with --out.")
     taken = [out / name for name in names if (out / name).exists()]
     if taken and not overwrite:
         raise SegraftError(f"{taken[0]} exists: choose another --out, or pass --overwrite.")
@@ -319,8 +325,14 @@ def _checked(there: hub.Repository, name: str, path: Path) -> AdapterHeader | Ba
         raise SegraftError(f"nothing was written, as {name} of {there.name} cannot be used: {reason}") from error
 
 
-def _base_elsewhere(header: AdapterHeader, card: Path | None, out: Path) -> tuple[Path | None, list[str]]:
-    """The base of the repository that an adapter's page names, or how to go on without."""
+def _base_elsewhere(
+    header: AdapterHeader, card: Path | None, out: Path, *, bars: bool
+) -> tuple[Path | None, list[str]]:
+    """The base of the repository that an adapter's page names, or how to go on without.
+
+    Raises:
+        SegraftError: that repository is not to be had.
+    """
     named = front_matter(card.read_text(encoding="utf-8")).get("base_model") if card is not None else None
     network = header.record.get("base", {}).get("network", "not recorded")
     needed = (
@@ -329,9 +341,14 @@ def _base_elsewhere(header: AdapterHeader, card: Path | None, out: Path) -> tupl
     )
     if not isinstance(named, str):
         return None, [needed]
-    there = hub.look(named)
+    try:
+        there = hub.look(named)
+    except SegraftError as error:
+        raise SegraftError(
+            f"the base that the page names cannot be had (pull without it, with --without-base): {error}"
+        ) from error
     if FILE_NAME not in there.files:
         return None, [f"{named}, which the page names as the base, holds no {FILE_NAME}: {needed}"]
-    path = hub.fetch(there, FILE_NAME)
+    path = hub.fetch(there, FILE_NAME, bars=bars)
     _checked(there, FILE_NAME, path)
     return path, [f"its base is from {named}, commit {there.commit[:12]}."]
