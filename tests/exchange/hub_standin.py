@@ -71,6 +71,7 @@ class RefusedError(Exception):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer in one piece, or each waits for an acknowledgement
     hub: Hub
 
     def log_message(self, *_: object) -> None:

@@ -515,3 +515,36 @@ def test_a_cache_that_cannot_be_written(hub, run, tmp_path, monkeypatch):
     with pytest.raises(SegraftError) as error:
         pull("ward/rim", tmp_path / "pulled")
     says(error, "HF_HOME, can be written to")
+
+
+@pytest.mark.parametrize("path", ["../base/liver.safetensors", "liver.safetensors", "C:\\\\ward\\\\liver.safetensors"])
+def test_bases_of_other_names(hub, run, tmp_path, path):
+    """Pushed along under the name that `pull` gives it; else the path is but the file's name."""
+    net, _ = segraft.networks.load_base(run.parent / "base")
+    base = run.parent / "base" / "base.safetensors"
+    shutil.copyfile(base, run.parent / "base" / "liver.safetensors")
+    segraft.load(net, run / "adapter.safetensors")
+    record = header(run).record
+    segraft.save(net, run / "adapter.safetensors", record=record | {"base": record["base"] | {"path": path}})
+    push(run, "ward/along", base_path=base)
+    push(run, "ward/alone", with_base=False)
+    pull("ward/along", tmp_path / "along")
+    segraft.jobs.load_model(tmp_path / "along")
+    pull("ward/alone", tmp_path / "alone")
+    assert header(tmp_path / "along").record["base"]["path"] == "base.safetensors"
+    assert header(tmp_path / "alone").record["base"]["path"] == "liver.safetensors"
+
+
+def test_an_adapter_of_others_that_looks_elsewhere_writes_nowhere_else(hub, run, tmp_path):
+    """Where a pulled file says its base is, is never where anything is written."""
+    push(run, "ward/rim")
+    net, _ = segraft.networks.load_base(run.parent / "base")
+    segraft.load(net, run / "adapter.safetensors")
+    record = header(run).record
+    outside = record | {"base": record["base"] | {"path": "../outside/base.safetensors"}}
+    content = segraft.save(net, tmp_path / "x.safetensors", record=outside).read_bytes()
+    hub.repos["ward/rim"].commit("main", hub.files("ward/rim") | {"adapter.safetensors": content})
+    pulled = pull("ward/rim", tmp_path / "in" / "pulled")
+    assert f"predict with --base {tmp_path / 'in' / 'pulled' / 'base.safetensors'}" in pulled.notes[0]
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["pulled"]
+    segraft.jobs.load_model(tmp_path / "in" / "pulled", base=tmp_path / "in" / "pulled")

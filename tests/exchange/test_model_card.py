@@ -125,3 +125,10 @@ def test_a_base():
     text = base_card(base, Published("ward/base", 10))
     assert rows(text)["imported from"] == "weights made elsewhere (BTCV)"
     assert "segraft pull ward/base -o base\nsegraft adapt --base base" in text
+
+
+def test_an_encoder():
+    base = Base(Path("b"), "vit_small", {}, "e" * 64, {"encoder": {"prefix": "vit", "img_size": [32, 48, 32]}})
+    text = base_card(base, Published("ward/encoder", 10))
+    assert rows(text)["outputs"].startswith("none: it is an encoder")
+    assert """--weights base --network-args '{"img_size": [32, 48, 32]}' --train decoder""" in text

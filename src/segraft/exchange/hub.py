@@ -217,18 +217,20 @@ def _telling(name: str, revision: str | None, *, pushing: bool = False, bars: bo
 @contextmanager
 def _silent(*, bars: bool) -> Iterator[None]:
     """Without the client's warnings, and without its progress bars unless asked for; as they were afterwards."""
+    from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
     from huggingface_hub.utils import logging
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    shown, level = not are_progress_bars_disabled(), logging.get_verbosity()
+    hide = HF_HUB_DISABLE_PROGRESS_BARS is None and not (bars or are_progress_bars_disabled())
+    level = logging.get_verbosity()
     logging.set_verbosity(ERROR)
-    if shown and not bars:
+    if hide:
         disable_progress_bars()
     try:
         yield
     finally:
         logging.set_verbosity(level)
-        if shown and not bars:
+        if hide:
             enable_progress_bars()
 
 

@@ -1,6 +1,8 @@
 """The page of a file on the Hub, written from its own record: nothing stands there that the file does not say."""
 
+import json
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +11,7 @@ import yaml
 
 from segraft.adapters import PRESETS, AdapterHeader, AdapterSpec
 from segraft.networks import Base
+from segraft.networks.encoder_files import ENCODER
 
 MARK = "<!-- `segraft push` writes this page anew each time; take this line out to keep it as you change it. -->"
 TAGS = ("segraft", "medical")
@@ -67,8 +70,11 @@ def adapter_card(header: AdapterHeader, published: Published) -> str:
 
 def base_card(base: Base, published: Published) -> str:
     """Markdown of a base's page."""
+    encoder = base.record.get(ENCODER)
     what = {
-        "outputs": _labels(base.record),
+        "outputs": _labels(base.record)
+        if encoder is None
+        else "none: it is an encoder, which segments nothing by itself",
         "network": _network(base.network, base.arguments),
         "fingerprint": f"`{base.fingerprint}`",
         "bytes": f"{published.bytes:,}",
@@ -85,11 +91,19 @@ def base_card(base: Base, published: Published) -> str:
         "A pre-trained network for Segraft to adapt. Research software, not a medical device.",
         _table(("", ""), what.items()),
         "## Use",
-        _commands(
-            f"segraft pull {published.repository} -o base",
-            "segraft adapt --base base --data dataset.json --out run",
-        ),
+        _commands(f"segraft pull {published.repository} -o base", _adapting(encoder)),
         *_sections(base.record, published),
+    )
+
+
+def _adapting(encoder: Mapping[str, Any] | None) -> str:
+    """The command that adapts a base; of an encoder, a network that takes it."""
+    if encoder is None:
+        return "segraft adapt --base base --data dataset.json --out run"
+    arguments = shlex.quote(json.dumps({"img_size": encoder.get("img_size")}))
+    return (
+        f"segraft adapt --base unetr_channelwise --weights base --network-args {arguments} --train decoder "
+        "--data dataset.json --out run"
     )
 
 
@@ -114,7 +128,7 @@ def _page(metadata: Mapping[str, Any], published: Published, *parts: str) -> str
 
 def _use(record: Mapping[str, Any], published: Published) -> list[str]:
     channels = record.get("channels", ())
-    scan = " ".join(f"--channel {_shell(f'{name}=scan{n}.nii.gz')}" for n, name in enumerate(channels, start=1))
+    scan = " ".join(f"--channel {shlex.quote(f'{name}=scan{n}.nii.gz')}" for n, name in enumerate(channels, start=1))
     found = published.base_along or published.base_repository is not None
     base = "" if found else " --base BASE"
     return [
@@ -255,12 +269,6 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _commands(*lines: str) -> str:
     return "\n".join(("```bash", *lines, "```"))
-
-
-def _shell(text: str) -> str:
-    from shlex import quote
-
-    return quote(text)
 
 
 def _text(value: object) -> str:

@@ -44,14 +44,19 @@ def outgoing(path: Path, aside: Path, change: Change) -> Path:
     return aside
 
 
-def beside(record: Record) -> dict[str, Any]:
-    """The record whose base lies beside the adapter: a path on one's own disk leads nowhere else, and says much."""
+def beside(record: Record, name: str | None = None) -> dict[str, Any]:
+    """The record whose base lies beside the adapter: a path on one's own disk leads nowhere else, and says much.
+
+    Args:
+        record: of an adapter; of another file it stays as it is.
+        name: of the base's file there; None means the one it has.
+    """
     base = record.get("base")
     if not isinstance(base, dict) or "path" not in base:
         return dict(record)
     windows = "\\" in base["path"]
-    name = (PureWindowsPath if windows else PurePosixPath)(base["path"]).name
-    return dict(record) | {"base": base | {"path": name}}
+    own = (PureWindowsPath if windows else PurePosixPath)(base["path"]).name
+    return dict(record) | {"base": base | {"path": name or own}}
 
 
 def without_cases(record: Record) -> dict[str, Any]:

@@ -108,10 +108,15 @@ def push(
         )
     if base is not None and not dry_run:
         hub.look(base)
-    page = hub.fetch(there, CARD).read_text(encoding="utf-8") if there is not None and CARD in there.files else None
+    page = (
+        hub.fetch(there, CARD).read_text(encoding="utf-8", errors="replace")
+        if there is not None and CARD in there.files
+        else None
+    )
     said = front_matter(page or "").get("license")
     with TemporaryDirectory(prefix="segraft-") as folder:
-        files, told = _files(header, along, Path(folder), cases=cases, digests=digests)
+        sent_along = FILE_NAME if along is not None or base is not None else None
+        files, told = _files(header, along, Path(folder), base_name=sent_along, cases=cases, digests=digests)
         summary, stale = _evaluation(header)
         published = Published(
             repository,
@@ -249,14 +254,20 @@ def _elsewhere(base: Base) -> list[str]:
 
 
 def _files(
-    header: AdapterHeader | Base, along: Path | None, folder: Path, *, cases: bool, digests: bool
+    header: AdapterHeader | Base,
+    along: Path | None,
+    folder: Path,
+    *,
+    base_name: str | None,
+    cases: bool,
+    digests: bool,
 ) -> tuple[dict[str, Path], list[str]]:
     """Name in the repository -> file, with what it says of cases left out as asked; and what it does say."""
     sources = {_name(header): header.path} | ({} if along is None else {FILE_NAME: along})
 
     def change(record: Record) -> dict[str, Any]:
         kept = record if cases and digests else without_cases(record) if digests else without_digests(record)
-        return beside(kept)
+        return beside(kept, base_name)
 
     files = {name: outgoing(path, folder / name, change) for name, path in sources.items()}
     notes = []
@@ -333,7 +344,9 @@ def _base_elsewhere(
     Raises:
         SegraftError: that repository is not to be had.
     """
-    named = front_matter(card.read_text(encoding="utf-8")).get("base_model") if card is not None else None
+    named = (
+        front_matter(card.read_text(encoding="utf-8", errors="replace")).get("base_model") if card is not None else None
+    )
     network = header.record.get("base", {}).get("network", "not recorded")
     needed = (
         f"its base (network {network}, fingerprint {header.fingerprint[:16]}) is not with it: say where you have it, "
