@@ -62,7 +62,7 @@ def test_commands(hub, tmp_path):
 
 def test_what_the_page_says_of_files_is_so():
     from segraft.exchange.model_card import MARK
-    from segraft.jobs.sharing import SMALL
+    from segraft.jobs.pushing import SMALL
 
     text = PAGE.read_text(encoding="utf-8")
     assert f"{SMALL // 10**6} MB" in text

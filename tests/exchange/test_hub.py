@@ -8,71 +8,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import load_file
 
 import segraft
-from segraft.data.labels import Labels
-from segraft.data.preparation import Preparation, Window
 from segraft.errors import SegraftError
-from segraft.exchange import hub as hub_room
 from segraft.jobs import pull, push
-from segraft.jobs.model import task_record
 from segraft.networks import save_base
 
 CLIENT = runpy.run_path(str(Path(__file__).with_name("hub_client.py")))
 STANDIN = CLIENT["standin"]
+served, hub, run = CLIENT["served"], CLIENT["hub"], CLIENT["run"]  # fixtures
+header, says = CLIENT["header"], CLIENT["says"]
+ARGUMENTS = CLIENT["ARGUMENTS"]
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # in the client itself
-ARGUMENTS = {"in_channels": 1, "out_channels": 1, "widths": [4, 8], "spatial_dims": 3}
-PREPARATION = Preparation(spacing=(1, 1, 2), intensity=Window(low=-40, high=160), patch=(16, 16, 16))
-TASK = task_record(Labels.of({2: "rim | of <it>"}), PREPARATION)
-CASES = {"dataset": "Saint Elsewhere", "patient_pattern": "(.*)_", "cases": {"Smith_1": "b" * 16, "Jones_2": "a" * 16}}
-
-
-@pytest.fixture
-def served(monkeypatch, tmp_path):
-    with CLIENT["pointed_at_standin"](monkeypatch, tmp_path / "home") as server:
-        yield server
-
-
-@pytest.fixture
-def hub(served):
-    return served.hub
-
-
-@pytest.fixture
-def run(tmp_path) -> Path:
-    """mine/run/adapter.safetensors, which looks for its base at mine/base/base.safetensors."""
-    torch.manual_seed(3)
-    net = segraft.networks.build("unet", in_channels=1, out_channels=1, arguments={"widths": [4, 8], "spatial_dims": 3})
-    mine = tmp_path / "mine"
-    base = save_base(net, mine / "base", network="unet", arguments=ARGUMENTS, record=TASK | CASES)
-    segraft.graft(net, segraft.AdapterSpec("dora_c", rank=2, train="head"))
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    described = {"network": "unet", "arguments": ARGUMENTS, "path": "../base/base.safetensors"}
-    record = TASK | CASES | {"base": described | {"fingerprint": base.fingerprint}, "versions": {"torch": "2.0"}}
-    segraft.save(net, mine / "run" / "adapter.safetensors", record=record)
-    return mine / "run"
-
-
-def header(path: Path):
-    return segraft.adapters.read_header(path / "adapter.safetensors")
-
-
-def says(error: pytest.ExceptionInfo[SegraftError], *words: str) -> None:
-    text = str(error.value)
-    assert text.endswith((".", "?"))
-    assert "\n" not in text
-    for word in words:
-        assert word in text, text
 
 
 def predicted(model: Path, scan: Path, to: Path) -> np.ndarray:
@@ -199,7 +151,7 @@ def test_the_page_never_names_cases(hub, run):
     ("with_base", "limit", "along"), [(None, 10**9, True), (None, 10, False), (True, 10, True), (False, 10**9, False)]
 )
 def test_small_bases_go_along(hub, run, monkeypatch, tmp_path, with_base, limit, along):
-    monkeypatch.setattr("segraft.jobs.sharing.SMALL", limit)
+    monkeypatch.setattr("segraft.jobs.pushing.SMALL", limit)
     pushed = push(run, "ward/rim", with_base=with_base)
     assert ("base.safetensors" in pushed.files) == ("base.safetensors" in hub.files("ward/rim")) == along
     assert ("--base BASE" in pushed.card) != along
@@ -294,124 +246,6 @@ def test_only_files_of_segraft_are_fetched(hub, run, tmp_path):
     says(error, "ward/else holds no adapter.safetensors", "pytorch_model.bin")
 
 
-@pytest.mark.parametrize("name", ["adapter.safetensors", "base.safetensors"])
-def test_a_file_that_is_none_is_not_put_in_place(hub, run, tmp_path, name):
-    push(run, "ward/rim")
-    hub.repos["ward/rim"].commit("main", hub.files("ward/rim") | {name: b"\x80\x04cos\nsystem\n"})
-    with pytest.raises(SegraftError) as error:
-        pull("ward/rim", tmp_path / "pulled")
-    says(error, "nothing was written", f"{name} of ward/rim cannot be used")
-    assert not (tmp_path / "pulled").exists()
-
-
-def test_a_download_that_breaks_off(hub, run, tmp_path):
-    push(run, "ward/rim")
-    hub.cut = 40
-    with pytest.raises(SegraftError) as error:
-        pull("ward/rim", tmp_path / "pulled")
-    says(error, "ward/rim could not be fetched", "try again")
-    assert not (tmp_path / "pulled").exists()
-    hub.cut = None
-    pull("ward/rim", tmp_path / "pulled")
-    segraft.jobs.load_model(tmp_path / "pulled")
-
-
-PULLED = {
-    "GET /api/models": {
-        401: "does not accept the token",
-        404: "refuses this (404",
-        429: "too many requests",
-        500: "has trouble of its own (500)",
-    },
-    "HEAD /ward/rim/resolve": {500: "has trouble of its own (500)", 403: "your token may not do this"},
-}
-
-
-@pytest.mark.parametrize(("where", "status"), [(where, status) for where, told in PULLED.items() for status in told])
-def test_what_the_hub_answers_when_pulling(hub, run, tmp_path, where, status):
-    push(run, "ward/rim")
-    hub.broken[where] = status
-    with pytest.raises(SegraftError) as error:
-        pull("ward/rim", tmp_path / "pulled")
-    says(error, PULLED[where][status], "ward/rim")
-    assert not (tmp_path / "pulled").exists()
-
-
-@pytest.mark.parametrize(
-    "where", ["POST /api/repos", "POST /ward/rim.git", "PUT /lfs", "POST /api/models/ward/rim/commit"]
-)
-@pytest.mark.parametrize(("status", "told"), [(403, "your token may not do this"), (500, "trouble of its own")])
-def test_what_the_hub_answers_when_pushing(hub, run, where, status, told):
-    hub.broken[where] = status
-    with pytest.raises(SegraftError) as error:
-        push(run, "ward/rim")
-    says(error, told, "ward/rim")
-    assert "ward/rim" not in hub.repos or "adapter.safetensors" not in hub.files("ward/rim")
-
-
-def test_who_may_not_write(hub, run, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", STANDIN["READER"])
-    with pytest.raises(SegraftError, match="token may not do this"):
-        push(run, "ward/rim")
-    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(SegraftError, match="does not accept the token"):
-        push(run, "ward/rim")
-    monkeypatch.delenv("HF_TOKEN")
-    hub.asked.clear()
-    with pytest.raises(SegraftError, match="nothing says who pushes: set HF_TOKEN"):
-        push(run, "ward/rim")
-    assert hub.asked == []
-
-
-def test_gated(hub, run, tmp_path):
-    push(run, "ward/rim")
-    hub.repos["ward/rim"].gated = True
-    with pytest.raises(SegraftError) as error:
-        pull("ward/rim", tmp_path / "pulled")
-    says(error, "ward/rim is gated: ask for access at http://127.0.0.1")
-
-
-def test_offline_and_no_connection(served, run, tmp_path, monkeypatch):
-    push(run, "ward/rim")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(SegraftError) as error:
-        pull("ward/rim", tmp_path / "pulled")
-    says(error, "HF_HUB_OFFLINE says to stay offline: unset it")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    served.server.shutdown()
-    served.server.server_close()
-    huggingface_hub.close_session()
-    with pytest.raises(SegraftError) as error:
-        pull("ward/rim", tmp_path / "pulled")
-    says(error, "check the connection")
-
-
-@pytest.mark.parametrize("name", ["rim", "a/b/c", "ward/", "ward/r m", "ward/rim.git", "../etc", "", "ward/r..m"])
-def test_names_that_are_none(hub, run, tmp_path, name):
-    for what in (lambda: push(run, name), lambda: pull(name, tmp_path / "pulled")):
-        with pytest.raises(SegraftError) as error:
-            what()
-        says(error, "is no name of a repository: write owner/name")
-    assert hub.asked == []
-
-
-def test_a_licence_that_the_hub_does_not_know(hub, run):
-    with pytest.raises(SegraftError) as error:
-        push(run, "ward/rim", license="my own")
-    says(error, "refuses the model card", "give a --license that it knows")
-
-
-def test_without_the_client(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(SegraftError, match=r"pip install 'segraft\[hub\]'"):
-        push(run, "ward/rim")
-
-
-def test_errors_that_are_not_the_hubs_keep_their_trace(hub):
-    with pytest.raises(KeyError), hub_room._telling("ward/rim", None):
-        raise KeyError("a bug")
-
-
 def test_by_the_environment_alone(served, run, tmp_path):
     """A process of its own, with nothing set but what a user sets; importing the command line reaches for nothing."""
     environment = {
@@ -474,47 +308,6 @@ def test_the_evaluation_beside_the_adapter(hub, run, spoil, told):
     assert ("| rim | 5 | 0.700 (0.10) |" in pushed.card) == (told is None)
     assert told is None or any(told in note for note in pushed.notes)
     assert "evaluation.json" not in hub.files("ward/rim")
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"summary": {}}', '{"summary": 3, "record": {}}'])
-def test_an_evaluation_that_is_none(hub, run, content):
-    (run / "evaluation.json").write_text(content)
-    with pytest.raises(SegraftError, match="evaluate again, or remove it"):
-        push(run, "ward/rim")
-
-
-def test_the_base_that_a_page_names_is_gone(hub, run, tmp_path):
-    push(run.parent / "base", "ward/base")
-    push(run, "ward/rim", base="ward/base")
-    del hub.repos["ward/base"]
-    with pytest.raises(SegraftError) as error:
-        pull("ward/rim", tmp_path / "pulled")
-    says(error, "--without-base", "there is no model repository ward/base")
-    assert not (tmp_path / "pulled").exists()
-    pull("ward/rim", tmp_path / "pulled", with_base=False)
-
-
-def test_somebody_else_pushed_meanwhile(hub, run, monkeypatch):
-    push(run, "ward/rim")
-    real = STANDIN["Handler"]._upload
-
-    def meanwhile(handler, each):
-        repo = hub.repos["ward/rim"]
-        repo.commit("main", hub.files("ward/rim") | {"other": b"1"})
-        return real(handler, each)
-
-    monkeypatch.setattr(STANDIN["Handler"], "_upload", meanwhile)
-    with pytest.raises(SegraftError, match="somebody else changed the repository meanwhile"):
-        push(run, "ward/rim", license="mit")
-
-
-def test_a_cache_that_cannot_be_written(hub, run, tmp_path, monkeypatch):
-    push(run, "ward/rim")
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file"))
-    with pytest.raises(SegraftError) as error:
-        pull("ward/rim", tmp_path / "pulled")
-    says(error, "HF_HOME, can be written to")
 
 
 @pytest.mark.parametrize("path", ["../base/liver.safetensors", "liver.safetensors", "C:\\\\ward\\\\liver.safetensors"])

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from segraft.jobs.model import Model, load_model
     from segraft.jobs.predicting import predict
     from segraft.jobs.pretraining import pretrain
-    from segraft.jobs.sharing import pull, push
+    from segraft.jobs.pulling import pull
+    from segraft.jobs.pushing import push
 
 _HOMES = {
     "Model": "model",
@@ -25,8 +26,8 @@ _HOMES = {
     "load_model": "model",
     "predict": "predicting",
     "pretrain": "pretraining",
-    "pull": "sharing",
-    "push": "sharing",
+    "pull": "pulling",
+    "push": "pushing",
 }
 
 __all__ = [
