@@ -341,3 +341,17 @@ def test_an_adapter_of_others_that_looks_elsewhere_writes_nowhere_else(hub, run,
     assert f"predict with --base {tmp_path / 'in' / 'pulled' / 'base.safetensors'}" in pulled.notes[0]
     assert [path.name for path in (tmp_path / "in").iterdir()] == ["pulled"]
     segraft.jobs.load_model(tmp_path / "in" / "pulled", base=tmp_path / "in" / "pulled")
+
+
+def test_a_repository_made_on_the_hub_has_a_page_of_metadata_alone(hub, run):
+    hub.repos["ward/rim"] = STANDIN["Repo"]()
+    hub.repos["ward/rim"].commit("main", {"README.md": b"---\nlicense: mit\n---\n"})
+    assert "license: mit" in push(run, "ward/rim").card
+
+
+def test_a_base_does_not_take_the_place_of_an_adapters(hub, run):
+    push(run, "ward/rim")
+    before = hub.files("ward/rim")
+    with pytest.raises(SegraftError, match="which needs its own base"):
+        push(run.parent / "base", "ward/rim")
+    assert hub.files("ward/rim") is before

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from segraft.adapters import AdapterHeader, AdapterSpec
-from segraft.exchange.model_card import MARK, Published, adapter_card, base_card, front_matter
+from segraft.exchange.model_card import MARK, Published, adapter_card, base_card, by_hand, front_matter
 from segraft.networks import Base
 
 RECORD = {
@@ -132,3 +132,18 @@ def test_an_encoder():
     text = base_card(base, Published("ward/encoder", 10))
     assert rows(text)["outputs"].startswith("none: it is an encoder")
     assert """--weights base --network-args '{"img_size": [32, 48, 32]}' --train decoder""" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("", False),
+        ("---\nlicense: mit\n---\n", False),
+        ("---\nlicense: mit\n---", False),
+        ("---\nlicense: mit\n---\n\n# Mine\n", True),
+        ("# Mine", True),
+        (f"---\nlicense: mit\n---\n{MARK}\n# Ours\n", False),
+    ],
+)
+def test_pages_written_by_hand(text, wanted):
+    assert by_hand(text) == wanted

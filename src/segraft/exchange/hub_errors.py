@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 LOG_IN = "log in (HF_TOKEN, or `hf auth login`)"
-AGAIN = "nothing was written, so try again"
+AGAIN = "no file was written, so try again"
 Sentence = Callable[[str, str, str | None], str]
 
 KINDS: tuple[tuple[str, Sentence], ...] = (

@@ -119,6 +119,12 @@ def front_matter(card: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def by_hand(card: str) -> bool:
+    """Whether a page holds text that somebody else wrote, and not only metadata, as new repositories' pages do."""
+    text = card.removeprefix("---\n").split("\n---", 1)[-1] if card.startswith("---\n") else card
+    return MARK not in card and bool(text.strip("-\n "))
+
+
 def _page(metadata: Mapping[str, Any], published: Published, *parts: str) -> str:
     front = {"library_name": "segraft", "pipeline_tag": "image-segmentation", **metadata}
     if published.license is not None:

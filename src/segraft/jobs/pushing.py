@@ -11,7 +11,7 @@ from segraft.adapters import AdapterHeader, read_header
 from segraft.errors import SegraftError
 from segraft.exchange import hub
 from segraft.exchange.hub import CARD
-from segraft.exchange.model_card import MARK, Published, adapter_card, base_card, front_matter
+from segraft.exchange.model_card import Published, adapter_card, base_card, by_hand, front_matter
 from segraft.exchange.outgoing import Record, beside, outgoing, without_cases, without_digests
 from segraft.jobs.locating import ADAPTER_FILE, header_of, holds_base
 from segraft.jobs.model import base_file_of
@@ -88,19 +88,10 @@ def push(
         hub.require_token()
     along, notes = _base_along(header, base, with_base=with_base, base_path=base_path)
     there = None if dry_run else hub.find(repository, revision) or (hub.find(repository) if revision else None)
-    if there is not None and isinstance(header, AdapterHeader) and along is None and FILE_NAME in there.files:
-        raise SegraftError(
-            f"{repository} holds a {FILE_NAME}, which whoever pulls would take for this adapter's base: push with "
-            "--with-base, or to another repository."
-        )
+    page = "" if there is None else _page_beside(header, there, along=along is not None)
     if base is not None and not dry_run:
         hub.look(base)
-    page = (
-        hub.fetch(there, CARD).read_text(encoding="utf-8", errors="replace")
-        if there is not None and CARD in there.files
-        else None
-    )
-    said = front_matter(page or "").get("license")
+    said = front_matter(page).get("license")
     with TemporaryDirectory(prefix="segraft-") as folder:
         sent_along = FILE_NAME if along is not None or base is not None else None
         files, told = _files(header, along, Path(folder), base_name=sent_along, cases=cases, digests=digests)
@@ -113,7 +104,7 @@ def push(
             license=license or (str(said) if said else None),
             evaluation=summary,
         )
-        card = None if page is not None and MARK not in page else _card(header, published)
+        card = None if by_hand(page) else _card(header, published)
         if card is None:
             notes.append(f"{CARD} of {repository} was written or changed by hand, and stays as it is there.")
         else:
@@ -138,6 +129,25 @@ def _name(header: AdapterHeader | Base) -> str:
 
 def _card(header: AdapterHeader | Base, published: Published) -> str:
     return base_card(header, published) if isinstance(header, Base) else adapter_card(header, published)
+
+
+def _page_beside(header: AdapterHeader | Base, there: hub.Repository, *, along: bool) -> str:
+    """The page of a repository that is pushed to; empty where it has none.
+
+    Raises:
+        SegraftError: it holds a file that would be taken for the one that goes with this.
+    """
+    if isinstance(header, AdapterHeader) and not along and FILE_NAME in there.files:
+        raise SegraftError(
+            f"{there.name} holds a {FILE_NAME}, which whoever pulls would take for this adapter's base: push with "
+            "--with-base, or to another repository."
+        )
+    if isinstance(header, Base) and ADAPTER_FILE in there.files:
+        raise SegraftError(
+            f"{there.name} holds an {ADAPTER_FILE}, which needs its own base: push this base to another repository, or "
+            "along with its adapter (--with-base)."
+        )
+    return hub.fetch(there, CARD).read_text(encoding="utf-8", errors="replace") if CARD in there.files else ""
 
 
 def _base_along(
