@@ -18,17 +18,21 @@ def sliding_probability(
     patch: Sequence[int],
     *,
     overlap: float = 0.5,
+    average: str = "probability",
+    weights: str = "gaussian",
     batch: int = 4,
     device: str | torch.device = "cpu",
     precision: str = "32",
 ) -> Tensor:
-    """Label probabilities of a prepared scan, averaged over overlapping patches with Gaussian weights.
+    """Label probabilities of a prepared scan, averaged over overlapping patches.
 
     Args:
         net: in evaluation mode, maps [B, C, X, Y(, Z)] to logits [B, L, X, Y(, Z)].
         image: [C, X, Y, Z]; smaller than the patch is padded with zeros. A channel that is missing is NaN throughout.
         patch: voxels along X, Y, Z; with 1 in Z the network is two-dimensional and is given single slices.
         overlap: of neighbouring patches along each axis, in [0, 1).
+        average: `probability`, or `logit`.
+        weights: `gaussian`, or `constant`.
         batch: patches at once.
         device: where the network is.
         precision: `32`, or autocast to `bf16` or `16`.
@@ -46,27 +50,29 @@ def sliding_probability(
 
     missing = torch.isnan(image).all(dim=(1, 2, 3))  # padding must not make zeros of their borders
 
-    def probability(window: Tensor) -> Tensor:
+    def score(window: Tensor) -> Tensor:
         if missing.any():
             window = window.clone()
             window[:, missing.to(window.device)] = torch.nan
         with torch.autocast(where.type, dtype=autocast, enabled=autocast is not None):
             logits: Tensor = net(window)
-        return torch.sigmoid(logits.float())
+        return torch.sigmoid(logits.float()) if average == "probability" else logits.float()
 
     result = sliding_window_inference(
         batched,
         tuple(patch[:2] if flat else patch),
         batch,
-        probability,
+        score,
         overlap=overlap,
-        mode="gaussian",
+        mode=weights,
         sw_device=where,
         device=torch.device("cpu"),
     )
     assert isinstance(result, Tensor)  # noqa: S101  one network output gives one tensor
     if not torch.isfinite(result).all():
         raise SegraftError("the network's output is not finite on this scan: use precision 32, or look at the scan.")
+    if average == "logit":
+        result = torch.sigmoid(result)
     return result.permute(1, 2, 3, 0) if flat else result[0]
 
 

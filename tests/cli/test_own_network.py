@@ -125,7 +125,7 @@ def test_other_channels(segraft, package, work, tmp_path, arguments):
         "--learning-rate",
         "1e-12",
     )
-    made = segraft(*given(package, work, tmp_path / "w.pt", *options, **arguments), "--out", tmp_path / "run")
+    made = segraft(*given(package, work, tmp_path / "w.pt", *options, **arguments), *STILL, "--out", tmp_path / "run")
     assert made.code == 0, made.err
     net, image = load_model(tmp_path / "run").net, torch.randn(1, 2, 8, 8, 8)
     with torch.inference_mode():

@@ -69,13 +69,15 @@ class Augmentation:
         )
 
     def recolour(self, image: NDArray[np.float32], rng: np.random.Generator) -> None:
-        """Change the intensities of one channel of a patch (0…1) in place.
+        """Change the intensities of one channel of a patch in place; below 0, x^g is −|x|^g.
 
         NumPy rather than torch: the last bit of its power does not depend on the number of threads, which
         differs between a loader's workers and the main process.
         """
         gamma = np.float32(np.exp(rng.uniform(*np.log(GAMMA))))
-        np.power(image, gamma, out=image)
+        below = image < 0  # nowhere, where intensities are 0…1
+        np.power(np.abs(image, out=image), gamma, out=image)
+        np.negative(image, out=image, where=below)
         image *= np.float32(rng.uniform(*SCALE))
         image += np.float32(rng.uniform(*SHIFT))
 

@@ -17,6 +17,7 @@ from pydantic import (
 
 from segraft.data.case import Case
 from segraft.data.channel_files import Given, files_of, names_of, scan_name
+from segraft.data.dicom_seg import is_segmentation, segmentation_file
 from segraft.data.labels import Labels
 from segraft.data.listed import Listed, identities, inside, patients_by
 from segraft.data.nnunet_raw import raw_training
@@ -35,6 +36,8 @@ def read_dataset_json(path: Path, patient_pattern: str | None) -> Listed:
     with `regions_class_order`. A case's id is its image's file name without `.nii`/`.nii.gz` (and without nnU-Net's
     `_0000`), of several files what their names begin with, or their folder's; or its path where several images share a
     name. Its patient is the entry's "patient", else as the pattern says, else the id.
+
+    A label is a NIfTI file, or a DICOM SEG (a file, or a folder with that alone) whose segments have the labels' names.
 
     Where `modality` (or `channel_names`) lists several, each entry's "image" is as `channel_files` says. Of nnU-Net
     v2's raw data sets, which list no cases, see `nnunet_raw`; a case's id is its identifier there.
@@ -57,13 +60,14 @@ def read_dataset_json(path: Path, patient_pattern: str | None) -> Listed:
     ]
     firsts = [next((name for name in names if name is not None), "") for names in images]
     ids = list(raw or ()) or identities(firsts, [scan_name(names, channels) for names in images])
+    labels = listing.known()
     cases = tuple(
         Case(
             id=identity,
             patient=entry.patient or patient(identity),
             images=tuple(None if name is None else _inside(path, name) for name in names),
-            label=None if entry.label is None else _inside(path, entry.label),
             channels=channels if len(channels) > 1 else (),
+            **_label(path, entry.label, labels),
         )
         for entry, names, identity in zip(listing.training, images, ids, strict=True)
     )
@@ -75,7 +79,7 @@ def read_dataset_json(path: Path, patient_pattern: str | None) -> Listed:
     return Listed(
         name=listing.name or path.resolve().parent.name,
         path=path,
-        labels=listing.known(),
+        labels=labels,
         modalities=channels,
         cases=cases,
     )
@@ -92,6 +96,14 @@ def read_labels(path: Path) -> Labels:
 
 def _inside(path: Path, name: str) -> Path:
     return inside(path.parent, name, who=str(path), leaves="its folder", cure=f"move the file beside {LISTING}")
+
+
+def _label(path: Path, name: str | None, known: Labels) -> dict[str, Any]:
+    """What a `Case` says of its label."""
+    if name is None:
+        return {"label": None}
+    file = _inside(path, name)
+    return {"label": segmentation_file(file), "known": known} if is_segmentation(file) else {"label": file}
 
 
 class _Entry(BaseModel):

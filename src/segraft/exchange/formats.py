@@ -13,7 +13,11 @@ from segraft.data.labels import Labels
 from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
 
-FORMATS: dict[str, str] = {}
+FORMATS: dict[str, str] = {
+    "peft": "segraft.exchange.peft_export:export_peft",
+    "onnx": "segraft.exchange.onnx_export:export_onnx",
+    "monai-bundle": "segraft.exchange.monai_export:write_bundle",
+}
 """Format -> `package.module:function`, an `Exporter`. To add a format, add one entry."""
 
 

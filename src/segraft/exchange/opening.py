@@ -11,7 +11,7 @@ from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
 from segraft.networks.heads import BACKGROUND
 
-SCHEMES: dict[str, str] = {}
+SCHEMES: dict[str, str] = {"monai": "segraft.exchange.monai_bundle:open_bundle"}
 """Tool -> `package.module:function` that opens what it keeps, given the path and a fold (None: its usual one).
 
 To add a tool, add one entry: `tool:path` is then a base wherever a base is asked for.

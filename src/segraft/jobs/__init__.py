@@ -11,9 +11,12 @@ if TYPE_CHECKING:
     from segraft.jobs.evaluating import evaluate
     from segraft.jobs.exporting import export
     from segraft.jobs.importing import import_base
+    from segraft.jobs.importing_peft import import_peft
     from segraft.jobs.model import Model, load_model
     from segraft.jobs.predicting import predict
     from segraft.jobs.pretraining import pretrain
+    from segraft.jobs.pulling import pull
+    from segraft.jobs.pushing import push
 
 _HOMES = {
     "Model": "model",
@@ -21,12 +24,27 @@ _HOMES = {
     "evaluate": "evaluating",
     "export": "exporting",
     "import_base": "importing",
+    "import_peft": "importing_peft",
     "load_model": "model",
     "predict": "predicting",
     "pretrain": "pretraining",
+    "pull": "pulling",
+    "push": "pushing",
 }
 
-__all__ = ["Model", "adapt", "evaluate", "export", "import_base", "load_model", "predict", "pretrain"]
+__all__ = [
+    "Model",
+    "adapt",
+    "evaluate",
+    "export",
+    "import_base",
+    "import_peft",
+    "load_model",
+    "predict",
+    "pretrain",
+    "pull",
+    "push",
+]
 
 
 def __getattr__(name: str) -> Any:

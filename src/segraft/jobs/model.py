@@ -64,6 +64,7 @@ class Model:
         pretrained_on: images that trained the base.
         source: the file it came from.
         channels: names of the image's channels, in order; of a single one perhaps empty.
+        notes: what the user should know of a network of another tool.
     """
 
     net: nn.Module
@@ -73,6 +74,7 @@ class Model:
     pretrained_on: Served
     source: Path
     channels: tuple[str, ...] = ("",)
+    notes: tuple[str, ...] = ()
 
     def case(self, name: str, files: Files) -> Case:
         """A scan of no cohort: a file per channel in the network's order, None where it is missing, or one 4D file."""
@@ -115,6 +117,8 @@ class Model:
             image.as_tensor(),
             self.preparation.patch,
             overlap=self.preparation.overlap,
+            average=self.preparation.average,
+            weights=self.preparation.weights,
             device=where,
             precision=precision,
         )
@@ -203,7 +207,7 @@ def _opened(path: str, fold: str | None, preparation: Preparation | None) -> Mod
             f"{path} does not say how its scans are prepared in a way that can be followed: import it with how they "
             "are (segraft import, --spacing, --window, …), or adapt it."
         )
-    return Model(net.eval(), opened.labels, settled, Served(), Served(), opened.weights, opened.channels)
+    return Model(net.eval(), opened.labels, settled, Served(), Served(), opened.weights, opened.channels, opened.notes)
 
 
 def load_base_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> tuple[nn.Module, Served]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from segraft.adapters.selection import NAMED, parts_of
 from segraft.errors import SegraftError
 from segraft.networks.multiview import MultiViewUNet
+from segraft.networks.nested import NESTED_PARTS
 from segraft.networks.unet import UNet
 
 
@@ -67,6 +68,11 @@ FOREIGN_PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "decoder": ("upcat_4", "upcat_3", "upcat_2", "upcat_1"),
         "head": ("final_conv",),
     },
+    "monai.networks.nets.dynunet.DynUNet": {
+        "encoder": ("input_block", "downsamples", "bottleneck"),
+        "decoder": ("upsamples",),
+        "head": ("output_block",),
+    },
     "monai.networks.nets.swin_unetr.SwinUNETR": {
         "encoder": ("swinViT",),
         "decoder": (
@@ -89,7 +95,7 @@ FOREIGN_PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "head": ("out",),
     },
 }
-"""Named parts of networks that do not name their own: class -> {part: module-name prefixes}."""
+"""Named parts of networks that do not name their own: class -> {part: module-name prefixes}; see `NESTED_PARTS`."""
 
 _FUSED = {name: {r".*\.attn\.qkv": f"{place}/3"} for place, name in enumerate(("query", "key", "value"), start=1)}
 
@@ -106,6 +112,7 @@ CHANNEL_NAMES: dict[str, tuple[str, ...]] = {
 """Arguments of `build` -> what constructors call them that do not take them by these names."""
 
 NAMED["parts"].update(FOREIGN_PARTS)
+NAMED["parts"].update(NESTED_PARTS)
 NAMED["projections"].update(FOREIGN_PROJECTIONS)
 
 
@@ -125,15 +132,7 @@ def build(
     Raises:
         SegraftError: an unknown name, a path that does not import, arguments that the constructor refuses.
     """
-    entry = NETWORKS.get(network) or NetworkEntry(network)
-    factory = _factory(entry)
-    accepted = inspect.signature(factory).parameters
-    channels = {"in_channels": in_channels, "out_channels": out_channels}
-    merged = {
-        **{_called(name, accepted): value for name, value in channels.items() if _called(name, accepted) in accepted},
-        **entry.arguments,
-        **(arguments or {}),
-    }
+    factory, merged = constructor(network, in_channels=in_channels, out_channels=out_channels, arguments=arguments)
     try:
         net = factory(**merged)
     except SegraftError:
@@ -144,7 +143,7 @@ def build(
         ) from error
     except Exception as error:
         raise SegraftError(f"network {network!r} refused its arguments {merged}: {error}.") from error
-    name = _called("out_channels", accepted)
+    name = _called("out_channels", merged)
     if name in merged and not parts_of(net):
         _name_head(net, lambda: factory(**merged | {name: merged[name] + 1}))
     return net
@@ -181,6 +180,23 @@ def _name_head(net: nn.Module, with_one_more: Callable[[], nn.Module]) -> None:
     layers = {key.rpartition(".")[0] for key in changed}
     if len(ours) == len(other) and len(layers) == 1:
         net.parts = {"head": (*layers,)}  # type: ignore[assignment]  # torch's stubs know tensors and modules alone
+
+
+def constructor(
+    network: str, *, in_channels: int, out_channels: int, arguments: Mapping[str, Any] | None = None
+) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
+    """What `build` calls, and with which keyword arguments.
+
+    Raises:
+        SegraftError: an unknown name, or a path that does not import.
+    """
+    entry = NETWORKS.get(network) or NetworkEntry(network)
+    factory = _factory(entry)
+    accepted = inspect.signature(factory).parameters
+    channels = {"in_channels": in_channels, "out_channels": out_channels}
+    named = {_called(name, accepted): value for name, value in channels.items()}
+    given = {name: value for name, value in named.items() if name in accepted}
+    return factory, {**given, **entry.arguments, **(arguments or {})}
 
 
 def outline(
