@@ -106,25 +106,9 @@ def test_other_channels(segraft, package, work, tmp_path, arguments):
             shutil.copy(work / "D" / folder / f"{name}.nii.gz", tmp_path / "E" / f"{name}_{kind}.nii.gz")
         image = {kind: f"{name}_{kind}.nii.gz" for kind in ("CT", "PET")}
         entries.append({"image": image, "label": f"{name}_label.nii.gz"})
-    listing = {
-        "name": "E",
-        "modality": {"0": "CT", "1": "PET"},
-        "labels": {"1": "core", "2": "rim"},
-        "training": entries,
-    }
-    (tmp_path / "E" / "dataset.json").write_text(json.dumps(listing))
-    options = (
-        "--data",
-        tmp_path / "E",
-        "--inputs",
-        "share",
-        "--base-channels",
-        "CT",
-        "--labels",
-        "core",
-        "--learning-rate",
-        "1e-12",
-    )
+    listing = {"name": "E", "modality": {"0": "CT", "1": "PET"}, "labels": {"1": "core", "2": "rim"}}
+    (tmp_path / "E" / "dataset.json").write_text(json.dumps(listing | {"training": entries}))
+    options = ("--data", tmp_path / "E", "--inputs", "share", "--base-channels", "CT", "--labels", "core")
     made = segraft(*given(package, work, tmp_path / "w.pt", *options, **arguments), *STILL, "--out", tmp_path / "run")
     assert made.code == 0, made.err
     net, image = load_model(tmp_path / "run").net, torch.randn(1, 2, 8, 8, 8)

@@ -65,6 +65,7 @@ def finished_adapter(adapter: str | Path, base: str | Path | None = None) -> Fin
     header = read_header(path)
     model = load_model(path, base=base)
     described = header.record["base"]
+    channels = {"in_channels": image_channels(described), "out_channels": len(model.labels)}
 
     def grafted() -> nn.Module:
         net, _ = load_base_of(header, base)
