@@ -10,6 +10,8 @@ from segraft.adapters import parts_of
 from segraft.jobs.model import load_model
 from segraft.networks import build
 
+STILL = ("--learning-rate", "1e-12")
+
 CODE = """
 import torch
 from torch import nn

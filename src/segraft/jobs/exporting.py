@@ -87,8 +87,7 @@ def finished_adapter(adapter: str | Path, base: str | Path | None = None) -> Fin
         header=header,
         base=base_file_of(header, base),
         network=described["network"],
-        arguments=described["arguments"]
-        | {"in_channels": image_channels(described), "out_channels": len(model.labels)},
+        arguments=described["arguments"] | channels,
         labels=model.labels,
         preparation=model.preparation,
         channels=model.channels,
