@@ -2,17 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from segraft.data.channels import plain
 from segraft.data.cohort import Cohort
-from segraft.data.preparation import Percentiles, Preparation
+from segraft.data.preparation import Percentiles
 from segraft.errors import SegraftError
 from segraft.jobs.preparing import require_same_channels, require_same_order
 from segraft.networks.checkpoints import read_tensors, unprefixed, weights_file
 from segraft.networks.inputs import Inputs, input_weights, match_inputs
 from segraft.networks.layouts import recognise
 from segraft.networks.registry import outline
+
+P = TypeVar("P")
+"""Some preparation of scans, or None."""
 
 CURE = (
     "choose a base of as many, list as many there, or let the first layers take other channels with --inputs share "
@@ -93,14 +96,24 @@ def channels_held(network: str, arguments: Mapping[str, Any], weights: str | Pat
     return found.pop() if len(found) == 1 else None
 
 
-def prepared_for(preparation: Preparation | None, inputs: Inputs | None) -> Preparation | None:
-    """A base's preparation for the channels of a task: each that goes on keeps its intensity setting.
+def prepared_for(preparation: P, inputs: Inputs | None) -> P:
+    """A base's preparation for the channels of a task: each that goes on keeps its setting.
 
-    A new one has that of the base's channels where they all have the same, else percentiles.
+    A new one has the intensity that all of the base's channels have, else percentiles; of a base of nnU-Net's a z-score,
+    which is what nnU-Net gives channels that are no CT.
     """
-    settings = getattr(preparation, "intensity", None)
-    if preparation is None or inputs is None or not isinstance(settings, tuple):
+    settings: Any = preparation
+    if inputs is None or settings is None:
         return preparation
-    new = settings[0] if len(set(settings)) == 1 else Percentiles()
-    found = tuple(new if row is None else settings[row] for row in inputs.rows)
-    return preparation.model_copy(update={"intensity": found if len(found) > 1 else found[0]})
+    changed: dict[str, Any] = {}
+    each = getattr(settings, "intensity", None)
+    if isinstance(each, tuple):
+        new = each[0] if len(set(each)) == 1 else Percentiles()
+        found = tuple(new if row is None else each[row] for row in inputs.rows)
+        changed["intensity"] = found if len(found) > 1 else found[0]
+    each = getattr(settings, "normalization", None)
+    if isinstance(each, tuple):
+        score = type(each[0])(scheme="ZScoreNormalization")
+        changed["normalization"] = tuple(score if row is None else each[row] for row in inputs.rows)
+    prepared: P = settings.model_copy(update=changed)
+    return prepared
