@@ -95,6 +95,7 @@ ENCODERS: dict[str, Encoder] = {
     "ViT": Encoder(
         "vit.patch_embedding.position_embeddings", "name the network unetr_channelwise or monai.networks.nets:UNETR"
     ),
+    "U-Net of nnU-Net": Encoder("decoder.transpconvs.0.weight", "name the folder of the model, as nnunet:FOLDER"),
 }
 """Kinds of encoders by name."""
 
@@ -121,7 +122,7 @@ class Layout:
     unused: Mapping[str, str] = field(default_factory=dict)
     renames: tuple[tuple[str, str], ...] = ()
     outputs: tuple[str, ...] = ()
-    of: Literal["SwinUNETR", "ViT"] = "SwinUNETR"
+    of: Literal["SwinUNETR", "ViT", "U-Net of nnU-Net"] = "SwinUNETR"
 
     @property
     def encoder(self) -> Encoder:
@@ -212,6 +213,14 @@ LAYOUTS: tuple[Layout, ...] = (
             "mae_decoder": r"mae_decoder\.",
             "norms of a cross attention that is not there": r"vit\.blocks\.\d+\.norm_cross_attn\.",
         },
+    ),
+    # checkpoint_final.pth
+    Layout(
+        "nnU-Net v2",
+        "all",
+        of="U-Net of nnU-Net",
+        has=(r"encoder\..*", r"decoder\.encoder\..*", r"decoder\.seg_layers\.0\.weight", r"decoder\.transpconvs\.0\.weight"),
+        unused={"heads of deep supervision": r"decoder\.seg_layers\."},
     ),
 )
 """Kinds of checkpoints, of which the first that fits counts. Those of SwinUNETR were trained with MONAI before 1.5."""

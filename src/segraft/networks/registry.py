@@ -12,6 +12,7 @@ from torch import nn
 from segraft.adapters.selection import NAMED
 from segraft.errors import SegraftError
 from segraft.networks.multiview import MultiViewUNet
+from segraft.networks.nnunet import nnunet
 from segraft.networks.unet import UNet
 
 
@@ -32,6 +33,8 @@ NETWORKS: dict[str, NetworkEntry] = {
     "unet": NetworkEntry(UNet),
     "unet3d": NetworkEntry(UNet, {"spatial_dims": 3, "widths": (32, 64, 128, 256), "norm": "instance"}),
     "multi_view_unet": NetworkEntry(MultiViewUNet),
+    # as a model folder of nnU-Net v2 says (Isensee et al. 2021)
+    "nnunet": NetworkEntry(nnunet),
     # Hatamizadeh et al. 2022, as the few-shot paper takes it
     "swin_unetr": NetworkEntry("monai.networks.nets.swin_unetr:SwinUNETR", {"feature_size": 48}),
     # the same as MONAI computed it before 1.5, for weights of that time
@@ -55,7 +58,16 @@ NETWORKS: dict[str, NetworkEntry] = {
 }
 """To add a network, add one entry. Parts of third-party networks are in `FOREIGN_PARTS`."""
 
+_NNUNET = {
+    "encoder": ("encoder",),
+    "decoder": ("decoder.stages", "decoder.transpconvs"),
+    "head": ("decoder.seg_layers",),
+}
+
 FOREIGN_PARTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "dynamic_network_architectures.architectures.unet.PlainConvUNet": _NNUNET,
+    "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet": _NNUNET,
+    "dynamic_network_architectures.architectures.unet.ResidualUNet": _NNUNET,
     "monai.networks.nets.segresnet.SegResNet": {
         "encoder": ("convInit", "down_layers"),
         "decoder": ("up_layers", "up_samples"),
