@@ -23,10 +23,22 @@ MAY_IMPORT = {
     "evaluation": GROUND | {"data"},
     "inference": GROUND,
     "training": GROUND | {"adapters", "networks", "data"},
-    "jobs": GROUND | {"adapters", "networks", "data", "evaluation", "inference", "training"},
+    "exchange": GROUND | {"adapters", "networks", "data", "inference", "training"},
+    "jobs": GROUND | {"adapters", "networks", "data", "evaluation", "inference", "training", "exchange"},
     "studies": GROUND | {"adapters", "networks", "data", "evaluation", "training", "jobs", "allocation"},
     "cli": GROUND
-    | {"adapters", "networks", "data", "evaluation", "inference", "training", "jobs", "allocation", "studies"},
+    | {
+        "adapters",
+        "networks",
+        "data",
+        "evaluation",
+        "inference",
+        "training",
+        "exchange",
+        "jobs",
+        "allocation",
+        "studies",
+    },
 }
 """Room -> rooms it may import, beside itself."""
 

@@ -1,6 +1,7 @@
 """Writing files so that nothing half-written is ever left under the name that was asked for."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,3 +35,32 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; on success it takes `path`'s place, on any error it is removed.
+
+    Raises:
+        SegraftError: it cannot be made or written to, or the disk is full.
+    """
+    path = Path(path)
+    mark = uuid4().hex[:12]
+    aside, before = path.with_name(f".{mark}.{path.name}"), path.with_name(f".{mark}.before.{path.name}")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        if path.exists():
+            path.replace(before)
+        try:
+            aside.replace(path)
+        except OSError:
+            if before.exists():
+                before.replace(path)
+            raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise SegraftError(f"{path} cannot be written ({reason}): choose another output path.") from error
+    finally:
+        for left in (aside, before):
+            shutil.rmtree(left, ignore_errors=True)

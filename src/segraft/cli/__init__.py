@@ -5,6 +5,7 @@ import os
 import sys
 
 from segraft.cli.app import app
+from segraft.cli.exporting import export
 from segraft.cli.importing import import_
 from segraft.cli.look import inspect, params
 from segraft.cli.prepare import prepare
@@ -17,7 +18,7 @@ __all__ = ["app", "main"]
 
 INTERRUPTED = 130  # what Typer turns Ctrl-C into
 
-for _command in (prepare, pretrain, adapt, predict, evaluate, params, inspect, demo):
+for _command in (prepare, pretrain, adapt, predict, evaluate, params, inspect, export, demo):
     app.command()(_command)
 app.command("import")(import_)
 app.add_typer(study, name="study")

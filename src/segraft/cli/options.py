@@ -325,7 +325,10 @@ OutFolder = Annotated[Path, typer.Option("-o", "--out", help="Folder to write to
 Network = Annotated[str, typer.Option(help="unet, unet3d, multi_view_unet, swin_unetr, or package.module:Class.")]
 NetworkArguments = Annotated[str | None, typer.Option(help="Keyword arguments of the network, as a JSON object.")]
 BasePath = Annotated[Path | None, typer.Option(help="Where the base is, if it was moved.")]
-ModelPath = Annotated[Path, typer.Argument(help="Adapter file (or base file), or the folder it is in.")]
+ModelPath = Annotated[
+    Path, typer.Argument(help="Adapter file (or base file), or the folder it is in; or a network of another tool.")
+]
+Fold = Annotated[str | None, typer.Option(help="Of a network of another tool that has several, such as nnunet:… [0].")]
 Labels = Annotated[
     list[str] | None,
     typer.Option(

@@ -11,7 +11,7 @@ import typer
 from segraft.allocation import keep_freed_memory
 from segraft.cli import options
 from segraft.cli.app import err, json_object, progress_console, show_json, show_line, show_notes, split
-from segraft.cli.options import TRAINING, Common, Data, Labels, NetworkArguments, OutFolder, PatientPattern, takes
+from segraft.cli.options import TRAINING, Common, Data, Fold, Labels, NetworkArguments, OutFolder, PatientPattern, takes
 from segraft.errors import SegraftError
 
 if TYPE_CHECKING:
@@ -169,10 +169,16 @@ def _said(values: Mapping[str, Any]) -> dict[str, Any]:
 @takes(spec=options.adapter, training=options.training, preparation=options.preparation, common=options.common)
 def adapt(
     *,
-    base: Annotated[str, typer.Option(help="Folder of `segraft pretrain`; or, with --weights, a network.")],
+    base: Annotated[
+        str,
+        typer.Option(
+            help="Folder of `segraft pretrain`; nnunet:FOLDER or monai:BUNDLE; or, with --weights, a network."
+        ),
+    ],
     data: Data,
     out: OutFolder,
     weights: Annotated[Path | None, typer.Option(help="Weights of the network that --base names.")] = None,
+    fold: Fold = None,
     network_args: NetworkArguments = None,
     base_labels: Annotated[
         list[str] | None,
@@ -199,7 +205,7 @@ def adapt(
     _settle_memory(training)
     with _first_process_reports():
         result = job(
-            BaseSource(base, weights, json_object(network_args, "--network-args"), split(base_labels)),
+            BaseSource(base, weights, json_object(network_args, "--network-args"), split(base_labels), fold),
             data,
             out,
             spec=spec,

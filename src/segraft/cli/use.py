@@ -9,7 +9,7 @@ import typer
 from segraft.allocation import keep_freed_memory
 from segraft.cli import options
 from segraft.cli.app import err, progress_console, show_frame, show_json, show_line, show_notes, show_table, split
-from segraft.cli.options import BasePath, Common, Data, Labels, ModelPath, OutFolder, PatientPattern, takes
+from segraft.cli.options import BasePath, Common, Data, Fold, Labels, ModelPath, OutFolder, PatientPattern, takes
 from segraft.errors import SegraftError
 
 
@@ -33,6 +33,7 @@ def predict(
         ),
     ] = None,
     base: BasePath = None,
+    fold: Fold = None,
     common: Common,
 ) -> None:
     """Segment scans; each mask has its scan's own grid, affine and orientation (of several channels, the first's).
@@ -44,7 +45,9 @@ def predict(
     from segraft.jobs import predict as job
 
     console = progress_console(as_json=common.as_json)
-    results = job(model, scans or (), out, channels=_named(channel), base=base, **common.computing(), console=console)
+    results = job(
+        model, scans or (), out, channels=_named(channel), base=base, fold=fold, **common.computing(), console=console
+    )
     if common.as_json:
         show_json({"masks": [asdict(result) for result in results]})
         return
@@ -80,6 +83,7 @@ def evaluate(
     labels: Labels = None,
     cases: Annotated[int | None, typer.Option(help="Patients to draw; all that may serve, if left out.")] = None,
     base: BasePath = None,
+    fold: Fold = None,
     patient_pattern: PatientPattern = None,
     common: Common,
 ) -> None:
@@ -98,6 +102,7 @@ def evaluate(
         cases=cases,
         seed=common.seed,
         base=base,
+        fold=fold,
         patient_pattern=patient_pattern,
         **common.computing(),
         console=progress_console(as_json=common.as_json),

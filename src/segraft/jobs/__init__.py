@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from segraft.jobs.adapting import adapt
     from segraft.jobs.evaluating import evaluate
+    from segraft.jobs.exporting import export
     from segraft.jobs.importing import import_base
     from segraft.jobs.model import Model, load_model
     from segraft.jobs.predicting import predict
@@ -18,13 +19,14 @@ _HOMES = {
     "Model": "model",
     "adapt": "adapting",
     "evaluate": "evaluating",
+    "export": "exporting",
     "import_base": "importing",
     "load_model": "model",
     "predict": "predicting",
     "pretrain": "pretraining",
 }
 
-__all__ = ["Model", "adapt", "evaluate", "import_base", "load_model", "predict", "pretrain"]
+__all__ = ["Model", "adapt", "evaluate", "export", "import_base", "load_model", "predict", "pretrain"]
 
 
 def __getattr__(name: str) -> Any:

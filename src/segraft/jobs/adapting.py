@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from segraft.adapters import AdapterSpec, ParameterTable, parameter_table, parts
 from segraft.data.cohort import Cohort
 from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
+from segraft.exchange.opening import open_base, require_no_fold, scheme_of
 from segraft.jobs.cases import Served, choose, read_cohort
 from segraft.jobs.locating import ADAPTER_FILE
 from segraft.jobs.model import build_from_start, with_outputs
@@ -55,17 +56,20 @@ class BaseSource:
     """Where a base comes from: a base file of ours, or a network with weights from elsewhere.
 
     Attributes:
-        base: folder or file of `segraft pretrain`; or a network (name or `package.module:Class`) with `weights`.
+        base: folder or file of `segraft pretrain`; a network of another tool (`nnunet:path`); or a network (name or
+            `package.module:Class`) with `weights`.
         weights: of such a network, of any kind that `segraft.networks.load_checkpoint` reads.
         arguments: keyword arguments of such a network.
         labels: what the outputs of such weights stand for, in order, or one word of `segraft.networks.layouts`
             (`btcv`); none: as the weights' kind says, where it does.
+        fold: of a network of another tool that has several.
     """
 
     base: str | Path
     weights: str | Path | None = None
     arguments: Mapping[str, Any] | None = None
     labels: Sequence[str] = ()
+    fold: str | None = None
 
     def load(self, labels: Mapping[int, str], cohort: Cohort) -> "LoadedBase":
         """The network, with one output for each of the new task's labels, for images of the cohort's channels.
@@ -81,17 +85,32 @@ class BaseSource:
             SegraftError: it does not exist, does not fit, takes other channels, or its outputs cannot be exchanged.
         """
         asked = tuple(labels.values())
+        if self.weights is None and scheme_of(self.base):
+            return self._of_another_tool(asked, cohort)
+        require_no_fold(self.fold, self.base)
         if self.weights is None:
             return self._of_ours(asked, cohort)
         return self._from_elsewhere(asked, self.weights, cohort)
 
-    def _of_ours(self, labels: tuple[str, ...], cohort: Cohort) -> "LoadedBase":
+    def _of_another_tool(self, labels: tuple[str, ...], cohort: Cohort) -> "LoadedBase":
+        self._refuse_what_it_has()
+        opened = open_base(self.base, fold=self.fold)
+        require_same_channels(len(opened.channels), cohort.channels, f"the base {self.base}", str(cohort.path))
+        require_same_order(opened.channels, cohort.channels, str(self.base), str(cohort.path))
+        arguments = {**opened.arguments, "out_channels": len(labels)}
+        loaded = self._with_weights(opened.network, arguments, opened.weights, labels, opened.outputs)
+        return replace(loaded, preparation=opened.preparation, notes=(*opened.notes, *loaded.notes))
+
+    def _refuse_what_it_has(self) -> None:
         for given, option in ((self.arguments, "--network-args"), (self.labels, "--base-labels")):
             if given:
                 raise SegraftError(
                     f"network arguments and names of outputs go with weights from elsewhere; the base {self.base} has "
                     f"its own: leave {option} out, or add --weights."
                 )
+
+    def _of_ours(self, labels: tuple[str, ...], cohort: Cohort) -> "LoadedBase":
+        self._refuse_what_it_has()
         info = read_base(self.base)
         require_segmenting(info.path, info.record)
         net, info = load_base(info.path)
@@ -133,9 +152,19 @@ class BaseSource:
         channels = cohort.channels
         arguments = {"in_channels": len(channels), "out_channels": len(labels), **(self.arguments or {})}
         require_same_channels(arguments["in_channels"], channels, f"the network {self.base}", str(cohort.path))
-        net = build_from_start(str(self.base), arguments)
-        loaded = load_checkpoint(net, weights, labels=labels, names=self.labels)
-        described = {"network": str(self.base), "arguments": arguments, "path": str(weights)}
+        return self._with_weights(str(self.base), arguments, weights, labels, self.labels)
+
+    def _with_weights(
+        self,
+        network: str,
+        arguments: Mapping[str, Any],
+        weights: str | Path,
+        labels: tuple[str, ...],
+        names: Sequence[str],
+    ) -> "LoadedBase":
+        net = build_from_start(network, arguments)
+        loaded = load_checkpoint(net, weights, labels=labels, names=names)
+        described = {"network": network, "arguments": dict(arguments), "path": str(weights)}
         new: tuple[int, ...] = ()
         if loaded.outputs is not None:
             described |= loaded.outputs.record()

@@ -13,6 +13,7 @@ from segraft.data.labels import Labels
 from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
 from segraft.evaluation.results import CaseResult, evaluate_planes, save_results
+from segraft.exchange.opening import scheme_of
 from segraft.jobs.cases import choose, read_cohort
 from segraft.jobs.model import Model, Segmentation, load_model
 from segraft.jobs.preparing import takes_missing_channels
@@ -40,6 +41,7 @@ def evaluate(
     cases: int | Sequence[str] | None = None,
     seed: int = 0,
     base: str | Path | None = None,
+    fold: str | None = None,
     preparation: Preparation | None = None,
     patient_pattern: str | None = None,
     device: str = "auto",
@@ -51,7 +53,7 @@ def evaluate(
     Cases that trained the adapter never serve; cases that trained the base only where there are no others.
 
     Args:
-        model: an adapter file, a base, or a loaded model.
+        model: an adapter file, a base, a network of another tool (`nnunet:path`), or a loaded model.
         data: `dataset.json`, or its folder.
         out: folder for `evaluation.csv` and `evaluation.json`; None means beside the model's file.
         labels: the cohort's labels that the model's outputs stand for, in order; or fewer, of the same names as some
@@ -60,6 +62,7 @@ def evaluate(
         cases: patients to draw, or ids of cases; None means all that may serve.
         seed: of that draw.
         base: where the base is, if it is no longer where it was.
+        fold: of a network of another tool that has several.
         preparation: of the scans, for a base that does not say how they are prepared.
         patient_pattern: regular expression whose first group, searched in a case's id, is the patient.
         device: `auto`, `cpu`, `cuda`, `mps`.
@@ -70,7 +73,9 @@ def evaluate(
         SegraftError: bad input of any kind; nothing is written then.
     """
     if not isinstance(model, Model):
-        model = load_model(model, base=base, preparation=preparation)
+        if out is None and scheme_of(model):
+            raise SegraftError(f"{model} is a folder of another tool: say where the results shall be, with --out.")
+        model = load_model(model, base=base, fold=fold, preparation=preparation)
     cohort = read_cohort(data, patient_pattern, model.adapted_on, model.pretrained_on)
     model, notes = on_cohort(model, cohort, labels)
     asked = model.labels

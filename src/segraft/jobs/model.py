@@ -19,6 +19,7 @@ from segraft.data.cohort import Case
 from segraft.data.labels import Labels
 from segraft.data.preparation import Preparation, prepare_scan, to_input_grid
 from segraft.errors import SegraftError
+from segraft.exchange.opening import open_base, require_no_fold, scheme_of
 from segraft.inference import label_map, sliding_probability
 from segraft.jobs.cases import Served
 from segraft.jobs.locating import file_in, holds_base
@@ -141,19 +142,25 @@ def load_model(
     path: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str] | None = None,
+    fold: str | None = None,
     preparation: Preparation | None = None,
 ) -> Model:
     """Read an adapter file with its base, or a base alone.
 
     Args:
-        path: an adapter file, the folder that `adapt` wrote, a base file, or the folder that `pretrain` wrote.
+        path: an adapter file, the folder that `adapt` wrote, a base file, the folder that `pretrain` wrote, or a
+            network of another tool (`nnunet:path`).
         base: where the base is, if it is no longer where it was when the adapter was trained.
+        fold: of a network of another tool that has several.
         preparation: of the scans, for a base that does not say how they are prepared, as one imported from elsewhere.
 
     Raises:
         SegraftError: a file is missing or is something else; the adapter belongs to another base.
     """
+    if scheme_of(str(path)):
+        return _opened(str(path), fold, preparation)
     path = file_in(Path(path))
+    require_no_fold(fold, path)
     if path.name == FILE_NAME:
         info = read_base(path)
         require_segmenting(info.path, info.record)
@@ -180,23 +187,30 @@ def load_model(
     return _model(net, path, header.record, channels, adapted_on=adapted_on, pretrained_on=pretrained_on)
 
 
+def _opened(path: str, fold: str | None, preparation: Preparation | None) -> Model:
+    """A network of another tool, as it is."""
+    opened = open_base(path, fold=fold)
+    names = tuple(opened.labels.values())
+    net = build_from_start(opened.network, {**opened.arguments, "out_channels": len(names)})
+    loaded = load_checkpoint(net, opened.weights, labels=names, names=opened.outputs)
+    if loaded.kept:
+        raise SegraftError(f"{opened.weights} does not hold all of the network, so it cannot segment: adapt it first.")
+    settled = preparation or opened.preparation
+    if settled is None:
+        raise SegraftError(
+            f"{path} does not say how its scans are prepared in a way that can be followed: import it with how they "
+            "are (segraft import, --spacing, --window, …), or adapt it."
+        )
+    return Model(net.eval(), opened.labels, settled, Served(), Served(), opened.weights, opened.channels)
+
+
 def load_base_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> tuple[nn.Module, Served]:
     """The base that an adapter was trained on, and the images that trained the base.
 
     Raises:
         SegraftError: the adapter file does not say what it is, or the base is not found.
     """
-    described = header.record.get("base")
-    if not isinstance(described, dict) or not {"network", "arguments", "path"} <= set(described):
-        raise SegraftError(
-            f"{header.path} does not name its base network: it was saved from Python without a record, so load it "
-            "there with segraft.load."
-        )
-    where = Path(base) if base is not None else (header.path.parent / described["path"])
-    if where.is_dir():
-        where /= FILE_NAME
-    if not where.is_file():
-        raise SegraftError(f"the base of {header.path} is not at {where}: say where it is with --base.")
+    where, described = base_file_of(header, base), header.record["base"]
     outputs = Outputs.of(described)
     if (where.name == FILE_NAME or holds_base(where)) and not holds_encoder(read_base(where).record):
         net, info = load_base(where)
@@ -204,6 +218,28 @@ def load_base_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> 
     net = build_from_start(described["network"], described["arguments"])
     load_checkpoint(net, where, outputs=outputs)
     return net.eval(), Served()
+
+
+def base_file_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> Path:
+    """The file that the weights of an adapter's base are in.
+
+    Raises:
+        SegraftError: the adapter file does not say what its base is, or it is not found.
+    """
+    described = header.record.get("base")
+    if not isinstance(described, dict) or not {"network", "arguments", "path"} <= set(described):
+        raise SegraftError(
+            f"{header.path} does not name its base network: it was saved from Python without a record, so load it "
+            "there with segraft.load."
+        )
+    if base is not None and scheme_of(str(base)):
+        return open_base(str(base)).weights
+    where = Path(base) if base is not None else (header.path.parent / described["path"])
+    if where.is_dir():
+        where /= FILE_NAME
+    if not where.is_file():
+        raise SegraftError(f"the base of {header.path} is not at {where}: say where it is with --base.")
+    return where
 
 
 def build_from(network: str, arguments: Mapping[str, Any]) -> nn.Module:

@@ -33,6 +33,7 @@ def predict(
     *,
     channels: Mapping[str, str | Path] | None = None,
     base: str | Path | None = None,
+    fold: str | None = None,
     device: str = "auto",
     precision: str = "32",
     console: Console | None = None,
@@ -43,11 +44,12 @@ def predict(
     (`case_0000.nii.gz`, `case_0001.nii.gz`, …) of one folder, of which the first is enough, or `channels`.
 
     Args:
-        model: an adapter file, a base, or a loaded model.
+        model: an adapter file, a base, a network of another tool (`nnunet:path`), or a loaded model.
         scans: NIfTI files, folders of a DICOM series, or folders of these.
         out: the mask's file for one scan file; a folder (masks are named as their scans) for several or a folder.
         channels: of one scan, in place of `scans`: the channel's name -> its file or folder of a DICOM series.
         base: where the base is, if it is no longer where it was when the adapter was trained.
+        fold: of a network of another tool that has several.
         device: `auto`, `cpu`, `cuda`, `mps`.
         precision: `32`, `bf16`, `16`.
         console: for progress; None is silent.
@@ -61,7 +63,7 @@ def predict(
     given = [Path(scan) for scan in scans]
     paths = list_scans(given)
     if not isinstance(model, Model):
-        model = load_model(model, base=base)
+        model = load_model(model, base=base, fold=fold)
     files = [_named(model, channels)] if channels else _files(model, paths)
     masks = _mask_paths(files, Path(out), single=len(files) == 1 and paths == given)
     several = model.channels if len(model.channels) > 1 else ()

@@ -1,0 +1,1 @@
+"""Networks and adapters of other tools: read where they lie, and written so that those tools run them."""

@@ -1,0 +1,95 @@
+"""Writing a finished adapter in the format of another tool."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from segraft import adapters
+from segraft.adapters import read_header
+from segraft.atomic import replacing_folder
+from segraft.errors import SegraftError
+from segraft.exchange.formats import Finished, exporter
+from segraft.jobs.locating import file_in, holds_base
+from segraft.jobs.model import base_file_of, load_base_of, load_model
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Result of `export`: the folder, the files in it, and what the user should know of them."""
+
+    path: Path
+    files: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+
+def export(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    format: str,  # noqa: A002
+    base: str | Path | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Write `out`, a folder that another tool reads.
+
+    Args:
+        adapter: an adapter file, or the folder that `adapt` wrote.
+        out: folder to write to.
+        format: a key of `segraft.exchange.formats.FORMATS`.
+        base: where the base is, if it is no longer where it was when the adapter was trained.
+        overwrite: replace a folder that is there.
+
+    Raises:
+        SegraftError: the format cannot express the adapter, its base is not found, or the folder is there already;
+            nothing is written then.
+    """
+    write, out = exporter(format), Path(out)
+    if out.exists() and not (overwrite or (out.is_dir() and not any(out.iterdir()))):
+        raise SegraftError(f"{out} exists: choose another --out, or pass --overwrite.")
+    finished = finished_adapter(adapter, base)
+    with replacing_folder(out) as aside:
+        notes = write(finished, aside)
+    return Exported(out, tuple(sorted(path for path in out.rglob("*") if path.is_file())), notes)
+
+
+def finished_adapter(adapter: str | Path, base: str | Path | None = None) -> Finished:
+    """An adapter with its base, for an exporter.
+
+    Raises:
+        SegraftError: it is none, or its base is not found.
+    """
+    path = file_in(Path(adapter))
+    if holds_base(path):
+        raise SegraftError(f"{path} is a base, and only adapters are exported: adapt it first.")
+    header = read_header(path)
+    model = load_model(path, base=base)
+    described = header.record["base"]
+
+    def grafted() -> nn.Module:
+        net, _ = load_base_of(header, base)
+        adapters.load(net, path)
+        return net.eval()
+
+    def merged() -> nn.Module:
+        net = grafted()
+        if header.spec.channels > 1:
+            raise SegraftError(
+                f"{path} has factors of its own for each of {header.spec.channels} channels, which do not merge into "
+                "one weight: it cannot leave Segraft."
+            )
+        adapters.merge(net, reversible=False)
+        return net.eval()
+
+    return Finished(
+        source=path,
+        header=header,
+        base=base_file_of(header, base),
+        network=described["network"],
+        arguments=described["arguments"],
+        labels=model.labels,
+        preparation=model.preparation,
+        channels=model.channels,
+        grafted=grafted,
+        merged=merged,
+    )
