@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import chain, combinations, product
 
 import torch
@@ -128,7 +129,7 @@ def _even(
 ) -> Tensor:
     """nnU-Net's: as few as the overlap allows, spread evenly, with its weights (Isensee et al. 2021)."""
     try:
-        from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
+        theirs = import_module("nnunetv2.inference.sliding_window_prediction")
     except ImportError as error:
         raise SegraftError(
             f"nnU-Net's windows need a package that is not there ({error.name}): pip install 'segraft[nnunet]'."
@@ -136,13 +137,14 @@ def _even(
     sizes = image.shape[2:]
     gaps = [max(0, window - size) for window, size in zip(patch, sizes, strict=True)]
     padded = nn.functional.pad(image, [side for gap in reversed(gaps) for side in (gap // 2, gap - gap // 2)])
-    steps = compute_steps_for_sliding_window(tuple(padded.shape[2:]), patch, 1 - overlap)
-    weight = compute_gaussian(patch, value_scaling_factor=10, dtype=torch.float16, device=torch.device("cpu")).float()
+    steps = theirs.compute_steps_for_sliding_window(tuple(padded.shape[2:]), patch, 1 - overlap)
+    weight = theirs.compute_gaussian(patch, value_scaling_factor=10, dtype=torch.float16, device=torch.device("cpu"))
     places = [
         (number, (slice(None), *(slice(first, first + size) for first, size in zip(start, patch, strict=True))))
         for number in range(len(padded))
         for start in product(*steps)
     ]
+    weight = weight.float()
     total, weights = torch.empty(0), torch.zeros(padded.shape[2:])
     for _, place in places[: len(places) // len(padded)]:
         weights[place[1:]] += weight
@@ -162,7 +164,7 @@ WINDOWS: Mapping[str, Callable[[Tensor, tuple[int, ...], int, Scores, float, tor
     "dense": _dense,
     "even": _even,
 }
-"""Where patches lie: image [N, C, …], patch, patches at once, scores of patches, overlap, device -> scores [N, L, …]."""
+"""Where patches lie: (image [N, C, …], patch, patches at once, scores of patches, overlap, device) -> [N, L, …]."""
 
 
 def label_map(scores: Tensor, values: Sequence[int], threshold: float = 0.5) -> Tensor:

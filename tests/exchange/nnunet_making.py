@@ -21,6 +21,7 @@ SEED = 0
 TRAINING = 5
 TESTS = 2
 ITERATIONS = 10
+PROCESSES = "nnUNet_n_proc_DA"
 
 
 def main(folder: Path, hippocampus: Path | None) -> None:
@@ -31,14 +32,14 @@ def main(folder: Path, hippocampus: Path | None) -> None:
     os.environ |= {"nnUNet_compile": "false", "nnUNet_def_n_proc": "1"}
     # Threads where nnU-Net starts processes, each of which would import it all again.
     multiprocessing.get_context = lambda *_: multiprocessing.dummy  # type: ignore[assignment]
-    raw = folder / "raw"
+    raw, preprocessed = folder / "raw", folder / "preprocessed"
     if hippocampus is not None:
         copy_hippocampus(raw / "Dataset291_Hippocampus", hippocampus)
-        train("Dataset291_Hippocampus", 291, {"3d_fullres": [24, 32, 24], "2d": [40, 32]})
+        train(preprocessed / "Dataset291_Hippocampus", 291, {"3d_fullres": [24, 32, 24], "2d": [40, 32]})
     make_brains(raw / "Dataset292_Brains")
-    train("Dataset292_Brains", 292, {"3d_fullres": [8, 32, 24], "2d": [32, 24]})
+    train(preprocessed / "Dataset292_Brains", 292, {"3d_fullres": [8, 32, 24], "2d": [32, 24]})
     make_abdomens(raw / "Dataset293_Abdomens")
-    train("Dataset293_Abdomens", 293, {"3d_fullres": [16, 16, 16]}, planner="nnUNetPlannerResEncM")
+    train(preprocessed / "Dataset293_Abdomens", 293, {"3d_fullres": [16, 16, 16]}, planner="nnUNetPlannerResEncM")
 
 
 def copy_hippocampus(folder: Path, source: Path) -> None:
@@ -70,7 +71,7 @@ def make_brains(folder: Path) -> None:
         folder,
         {"0": "T1", "1": "FLAIR"},
         {"background": 0, "whole": [1, 2], "core": [2]},
-        {"regions_class_order": [1, 2]},
+        regions_class_order=[1, 2],
     )
 
 
@@ -112,13 +113,15 @@ def write(folder: Path, case: int, channels: list[Any], label: Any, affine: Any)
     nib.save(nib.Nifti1Image(label, affine), folder / f"labels{where}" / f"case{case}.nii.gz")
 
 
-def describe(folder: Path, channels: dict[str, str], labels: dict[str, Any], more: dict[str, Any] | None = None) -> None:
+def describe(
+    folder: Path, channels: dict[str, str], labels: dict[str, Any], more: dict[str, Any] | None = None
+) -> None:
     """Write dataset.json."""
     content = {"channel_names": channels, "labels": labels, "numTraining": TRAINING, "file_ending": ".nii.gz"}
     (folder / "dataset.json").write_text(json.dumps(content | (more or {})))
 
 
-def train(dataset: str, number: int, patches: dict[str, list[int]], planner: str = "ExperimentPlanner") -> None:
+def train(folder: Path, number: int, patches: dict[str, list[int]], planner: str = "ExperimentPlanner") -> None:
     """Plan, make it small, preprocess, and train for one short epoch."""
     import torch
     from nnunetv2.experiment_planning.plan_and_preprocess_api import (
@@ -128,17 +131,16 @@ def train(dataset: str, number: int, patches: dict[str, list[int]], planner: str
     )
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-    os.environ["nnUNet_n_proc_DA"] = "1"
+    os.environ[PROCESSES] = "1"
     extract_fingerprints([number], num_processes=1, show_progress_bar=False)
     identifier = plan_experiments([number], planner)
-    folder = Path(os.environ["nnUNet_preprocessed"]) / dataset
     path = folder / f"{identifier}.json"
     plans = json.loads(path.read_text())
     for configuration, patch in patches.items():
         shrink(plans["configurations"][configuration], patch)
     path.write_text(json.dumps(plans))
     preprocess_dataset(number, identifier, tuple(patches), [1], show_progress_bar=False)
-    os.environ["nnUNet_n_proc_DA"] = "0"  # augmentation in this process; the planner needs one at least
+    os.environ[PROCESSES] = "0"  # augmentation in this process; the planner needs one at least
     for configuration in patches:
         torch.manual_seed(SEED)
         np.random.seed(SEED)  # noqa: NPY002  nnU-Net draws from it

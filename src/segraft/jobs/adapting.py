@@ -12,7 +12,7 @@ from torch import nn
 from segraft import adapters
 from segraft.adapters import AdapterSpec, ParameterTable, parameter_table, parts_of
 from segraft.data.cohort import Cohort
-from segraft.data.preparation import Preparation
+from segraft.data.scan_preparation import ScanPreparation, recorded_preparation
 from segraft.errors import SegraftError
 from segraft.exchange.opening import open_base, require_no_fold, scheme_of
 from segraft.jobs.cases import Served, choose, read_cohort
@@ -119,7 +119,7 @@ class BaseSource:
         require_same_order(tuple(info.record.get("channels", ())), cohort.channels, str(info.path), str(cohort.path))
         described = {"network": info.network, "arguments": info.arguments, "path": str(info.path)}
         recorded = info.record.get("preparation")
-        preparation = None if recorded is None else Preparation.from_record(recorded, info.path)
+        preparation = None if recorded is None else recorded_preparation(recorded, info.path)
         names, count = _names(info), info.arguments["out_channels"]
         outputs = match_outputs(labels, names, count)
         if outputs is not None:
@@ -188,7 +188,7 @@ class LoadedBase:
 
     net: nn.Module
     described: dict[str, Any]
-    preparation: Preparation | None
+    preparation: ScanPreparation | None
     served: Served
     new: frozenset[int]
     untrained: tuple[str, ...]
@@ -233,7 +233,7 @@ def adapt(
     spec: AdapterSpec | None = None,
     labels: Sequence[str] = (),
     shots: int | Sequence[str] | None = None,
-    preparation: Preparation | Mapping[str, Any] | None = None,
+    preparation: ScanPreparation | Mapping[str, Any] | None = None,
     settings: TrainingSettings | None = None,
     patient_pattern: str | None = None,
     resume: bool = False,

@@ -10,7 +10,7 @@ from rich.console import Console
 from segraft.data.checks import check_cases, load_case
 from segraft.data.cohort import Case, Cohort
 from segraft.data.labels import Labels
-from segraft.data.preparation import Preparation
+from segraft.data.scan_preparation import ScanPreparation
 from segraft.errors import SegraftError
 from segraft.evaluation.results import CaseResult, evaluate_planes, save_results
 from segraft.exchange.opening import scheme_of
@@ -42,7 +42,7 @@ def evaluate(
     seed: int = 0,
     base: str | Path | None = None,
     fold: str | None = None,
-    preparation: Preparation | None = None,
+    preparation: ScanPreparation | None = None,
     patient_pattern: str | None = None,
     device: str = "auto",
     precision: str = "32",

@@ -17,10 +17,11 @@ from segraft.data.channels import Files, Scan, numbered, plain
 from segraft.data.checks import check_scan, require_channels
 from segraft.data.cohort import Case
 from segraft.data.labels import Labels
-from segraft.data.preparation import Preparation, prepare_scan, to_input_grid
+from segraft.data.preparation import prepare_scan
+from segraft.data.scan_preparation import ScanPreparation, recorded_preparation
 from segraft.errors import SegraftError
 from segraft.exchange.opening import open_base, require_no_fold, scheme_of
-from segraft.inference import label_map, sliding_probability
+from segraft.inference import AVERAGING, label_map, sliding_scores
 from segraft.jobs.cases import Served
 from segraft.jobs.locating import file_in, holds_base
 from segraft.jobs.preparing import require_same_channels, takes_missing_channels
@@ -66,7 +67,7 @@ class Model:
 
     net: nn.Module
     labels: Labels
-    preparation: Preparation
+    preparation: ScanPreparation
     adapted_on: Served
     pretrained_on: Served
     source: Path
@@ -108,18 +109,23 @@ class Model:
         image = prepare_scan(scan, self.preparation)
         where = resolve_device(device)
         check_precision(where, precision)
-        probability = sliding_probability(
+        prepared = self.preparation
+        scores = sliding_scores(
             self.net.to(where),
             image.as_tensor(),
-            self.preparation.patch,
-            overlap=self.preparation.overlap,
+            prepared.patch,
+            overlap=prepared.overlap,
+            average=prepared.average,
+            windows=prepared.windows,
+            mirror=prepared.mirror_axes,
             device=where,
             precision=precision,
         )
-        on_grid = to_input_grid(probability, image.affine, scan.first)
+        on_grid = prepared.to_scan(scores, image.affine.numpy(), scan.first)
+        threshold = AVERAGING[prepared.average].threshold
         if not self.labels.regions:
-            return Segmentation(label_map(on_grid, tuple(self.labels)).numpy(), scan, {})
-        planes = {value: plane.numpy() for value, plane in zip(self.labels, on_grid >= 0.5, strict=True)}
+            return Segmentation(label_map(on_grid, tuple(self.labels), threshold).numpy(), scan, {})
+        planes = {value: plane.numpy() for value, plane in zip(self.labels, on_grid >= threshold, strict=True)}
         return Segmentation(self.labels.painted(planes), scan, planes)
 
     def pick(self, labels: Mapping[int, str], places: Sequence[int]) -> "Model":
@@ -143,7 +149,7 @@ def load_model(
     *,
     base: str | os.PathLike[str] | None = None,
     fold: str | None = None,
-    preparation: Preparation | None = None,
+    preparation: ScanPreparation | None = None,
 ) -> Model:
     """Read an adapter file with its base, or a base alone.
 
@@ -187,7 +193,7 @@ def load_model(
     return _model(net, path, header.record, channels, adapted_on=adapted_on, pretrained_on=pretrained_on)
 
 
-def _opened(path: str, fold: str | None, preparation: Preparation | None) -> Model:
+def _opened(path: str, fold: str | None, preparation: ScanPreparation | None) -> Model:
     """A network of another tool, as it is."""
     opened = open_base(path, fold=fold)
     names = tuple(opened.labels.values())
@@ -284,7 +290,7 @@ def named_as_loaded(network: str, arguments: Mapping[str, Any], loaded: Loaded) 
     return PATH, {**known, **arguments}
 
 
-def task_record(labels: Labels, preparation: Preparation, channels: Sequence[str] = ("",)) -> dict[str, Any]:
+def task_record(labels: Labels, preparation: ScanPreparation, channels: Sequence[str] = ("",)) -> dict[str, Any]:
     """The part of a file's record that says what the network segments, and on what images."""
     record: dict[str, Any] = {
         "labels": {str(value): name for value, name in labels.items()},
@@ -327,6 +333,6 @@ def _model(
             f"{path} does not say what its network segments or how its scans were prepared: it was not written by "
             "`segraft pretrain` or `segraft adapt`."
         ) from error
-    preparation = Preparation.from_record(recorded, path)
+    preparation = recorded_preparation(recorded, path)
     names = tuple(record.get("channels") or (numbered(channels) if channels > 1 else ("",)))
     return Model(net.eval(), labels, preparation, adapted_on, pretrained_on, path, names)

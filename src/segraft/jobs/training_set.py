@@ -11,7 +11,7 @@ from segraft.data.checks import check_cases
 from segraft.data.cohort import Case, Cohort
 from segraft.data.labels import Labels
 from segraft.data.patches import PatchSource
-from segraft.data.preparation import Preparation
+from segraft.data.scan_preparation import ScanPreparation
 from segraft.jobs.model import task_record
 from segraft.jobs.preparing import check_network, settle_preparation, takes_missing_channels
 from segraft.jobs.watching import watched
@@ -37,8 +37,8 @@ def training_set(
     labels: Labels,
     *,
     net: nn.Module,
-    preparation: Preparation | Mapping[str, Any] | None,
-    inherited: Preparation | None,
+    preparation: ScanPreparation | Mapping[str, Any] | None,
+    inherited: ScanPreparation | None,
     settings: TrainingSettings,
     console: Console | None,
 ) -> TrainingSet:
@@ -60,6 +60,8 @@ def training_set(
     complete = not takes_missing_channels(net)
     check_cases(cases, cohort, labels, complete=complete, watch=watched("checking scans", console))
     settled = settle_preparation(preparation, inherited, net, cases)
+    if not settings.flip:
+        settled = settled.without_mirroring()
     check_network(net, settled.patch, len(labels), len(cohort.channels))
     source = PatchSource(
         cases,

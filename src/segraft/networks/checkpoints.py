@@ -275,7 +275,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise SegraftError(f"{path} is not a readable safetensors file ({error}): is it complete?") from error
-    content = _unpickled(path)
+    content = unpickled(path)
     for key in CONTAINERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -295,7 +295,12 @@ def unprefixed(tensors: Mapping[str, Tensor], wanted: Iterable[str]) -> dict[str
     return found
 
 
-def _unpickled(path: Path) -> Any:
+def unpickled(path: Path) -> Any:
+    """What a file of torch.save holds, on the CPU, as long as it is data alone.
+
+    Raises:
+        SegraftError: unreadable, or a pickle with more than data in it.
+    """
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(list(DATA_ONLY)):
             # Of a pickle that is refused anyway torch also says that its protocol is unusual.

@@ -219,7 +219,12 @@ LAYOUTS: tuple[Layout, ...] = (
         "nnU-Net v2",
         "all",
         of="U-Net of nnU-Net",
-        has=(r"encoder\..*", r"decoder\.encoder\..*", r"decoder\.seg_layers\.0\.weight", r"decoder\.transpconvs\.0\.weight"),
+        has=(
+            r"encoder\..*",
+            r"decoder\.encoder\..*",
+            r"decoder\.seg_layers\.0\.weight",
+            r"decoder\.transpconvs\.0\.weight",
+        ),
         unused={"heads of deep supervision": r"decoder\.seg_layers\."},
     ),
 )

@@ -35,12 +35,12 @@ def nnunet(
         SegraftError: a class that is not one of a network or layer of torch or of that package.
     """
     layers = {name: None if path is None else _class(path, "torch.nn") for name, path in (classes or {}).items()}
-    build = _class(architecture)
-    net = build(
+    build: Any = _class(architecture)
+    net: nn.Module = build(
         input_channels=in_channels, num_classes=out_channels, deep_supervision=False, **{**settings, **layers}
     )
-    if hasattr(net, "initialize"):
-        net.apply(net.initialize)
+    if hasattr(build, "initialize"):
+        net.apply(build.initialize)
     heads = getattr(getattr(net, "decoder", None), "seg_layers", None)
     if isinstance(heads, nn.ModuleList):
         for place in range(len(heads) - 1):
