@@ -20,7 +20,7 @@ import numpy as np
 SEED = 0
 TRAINING = 5
 TESTS = 2
-ITERATIONS = 10
+ITERATIONS = 20
 PROCESSES = "nnUNet_n_proc_DA"
 
 
@@ -113,12 +113,10 @@ def write(folder: Path, case: int, channels: list[Any], label: Any, affine: Any)
     nib.save(nib.Nifti1Image(label, affine), folder / f"labels{where}" / f"case{case}.nii.gz")
 
 
-def describe(
-    folder: Path, channels: dict[str, str], labels: dict[str, Any], more: dict[str, Any] | None = None
-) -> None:
+def describe(folder: Path, channels: dict[str, str], labels: dict[str, Any], **more: Any) -> None:
     """Write dataset.json."""
     content = {"channel_names": channels, "labels": labels, "numTraining": TRAINING, "file_ending": ".nii.gz"}
-    (folder / "dataset.json").write_text(json.dumps(content | (more or {})))
+    (folder / "dataset.json").write_text(json.dumps(content | more))
 
 
 def train(folder: Path, number: int, patches: dict[str, list[int]], planner: str = "ExperimentPlanner") -> None:
@@ -149,6 +147,7 @@ def train(folder: Path, number: int, patches: dict[str, list[int]], planner: str
         trainer = nnUNetTrainer(arguments, configuration, 0, dataset_json, device=torch.device("cpu"))
         trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 1, ITERATIONS, 1
         trainer.save_every = 1
+        trainer.logger.plot_progress_png = lambda *_: None
         trainer.run_training()
 
 

@@ -25,8 +25,8 @@ def with_cases(folder: Path, content: Any) -> Any:
         raise SegraftError(f"{where} is for {ending} files, and only NIfTI is read here: convert them to .nii.gz.")
     if isinstance(labels, dict) and IGNORED in labels:
         raise SegraftError(
-            f'{where} has the label "{IGNORED}" for voxels that do not count, which training here does not know: annotate '
-            "them, or leave out the label and the cases with it."
+            f'{where} has the label "{IGNORED}" for voxels that do not count, which training here does not know: '
+            "annotate them, or leave out the label and the cases with it."
         )
     if isinstance(content.get("dataset"), dict):
         entries = [
