@@ -20,7 +20,6 @@ import numpy as np
 SEED = 0
 TRAINING = 5
 TESTS = 2
-ITERATIONS = 20
 PROCESSES = "nnUNet_n_proc_DA"
 
 
@@ -35,7 +34,9 @@ def main(folder: Path, hippocampus: Path | None) -> None:
     raw, preprocessed = folder / "raw", folder / "preprocessed"
     if hippocampus is not None:
         copy_hippocampus(raw / "Dataset291_Hippocampus", hippocampus)
-        train(preprocessed / "Dataset291_Hippocampus", 291, {"3d_fullres": [24, 32, 24], "2d": [40, 32]})
+        train(
+            preprocessed / "Dataset291_Hippocampus", 291, {"3d_fullres": [32, 40, 32], "2d": [40, 32]}, iterations=100
+        )
     make_brains(raw / "Dataset292_Brains")
     train(preprocessed / "Dataset292_Brains", 292, {"3d_fullres": [8, 32, 24], "2d": [32, 24]})
     make_abdomens(raw / "Dataset293_Abdomens")
@@ -114,23 +115,34 @@ def write(folder: Path, case: int, channels: list[Any], label: Any, affine: Any)
 
 
 def describe(folder: Path, channels: dict[str, str], labels: dict[str, Any], **more: Any) -> None:
-    """Write dataset.json."""
-    content = {"channel_names": channels, "labels": labels, "numTraining": TRAINING, "file_ending": ".nii.gz"}
+    """Write dataset.json, which here also lists the cases, as the Decathlon's does; nnU-Net goes by the files."""
+    training = [
+        {"image": f"imagesTr/{path.name.removesuffix('.nii.gz')}_0000.nii.gz", "label": f"labelsTr/{path.name}"}
+        for path in sorted((folder / "labelsTr").iterdir())
+    ]
+    content = {
+        "channel_names": channels,
+        "labels": labels,
+        "numTraining": TRAINING,
+        "file_ending": ".nii.gz",
+        "training": training,
+    }
     (folder / "dataset.json").write_text(json.dumps(content | more))
 
 
-def train(folder: Path, number: int, patches: dict[str, list[int]], planner: str = "ExperimentPlanner") -> None:
+def train(
+    folder: Path, number: int, patches: dict[str, list[int]], planner: str = "ExperimentPlanner", iterations: int = 40
+) -> None:
     """Plan, make it small, preprocess, and train for one short epoch."""
     import torch
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import (
-        extract_fingerprints,
-        plan_experiments,
-        preprocess_dataset,
-    )
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments, preprocess_dataset
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     os.environ[PROCESSES] = "1"
-    extract_fingerprints([number], num_processes=1, show_progress_bar=False)
+    extractor = DatasetFingerprintExtractor(number, 1)
+    extractor.num_foreground_voxels_for_intensitystats, extractor.show_progress_bar = 1e4, False
+    extractor.run()
     identifier = plan_experiments([number], planner)
     path = folder / f"{identifier}.json"
     plans = json.loads(path.read_text())
@@ -145,7 +157,7 @@ def train(folder: Path, number: int, patches: dict[str, list[int]], planner: str
         dataset_json = json.loads((folder / "dataset.json").read_text())
         arguments = {**json.loads(path.read_text()), "continue_training": False}
         trainer = nnUNetTrainer(arguments, configuration, 0, dataset_json, device=torch.device("cpu"))
-        trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 1, ITERATIONS, 1
+        trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 1, iterations, 1
         trainer.save_every = 1
         trainer.logger.plot_progress_png = lambda *_: None
         trainer.run_training()

@@ -19,7 +19,6 @@ from segraft.data.case import Case
 from segraft.data.channel_files import Given, files_of, names_of, scan_name
 from segraft.data.labels import Labels
 from segraft.data.listed import Listed, identities, inside, patients_by
-from segraft.data.nnunet_listing import with_cases
 from segraft.errors import SegraftError
 
 LISTING = "dataset.json"
@@ -34,8 +33,6 @@ def read_dataset_json(path: Path, patient_pattern: str | None) -> Listed:
     with `regions_class_order`. A case's id is its image's file name without `.nii`/`.nii.gz` (and without nnU-Net's
     `_0000`), of several files what their names begin with, or their folder's; or its path where several images share a
     name. Its patient is the entry's "patient", else as the pattern says, else the id.
-
-    Where nnU-Net v2's lists no cases, they are those in its folder (`with_cases`).
 
     Where `modality` (or `channel_names`) lists several, each entry's "image" is as `channel_files` says.
 
@@ -180,7 +177,7 @@ def _parse(path: Path, kind: type[_Kind]) -> _Kind:
     except ValueError as error:  # not JSON, or not text at all
         raise SegraftError(f"{path} is not JSON ({error}): correct the file.") from error
     try:
-        return kind.model_validate(with_cases(path.parent, content) if kind is _Listing else content)
+        return kind.model_validate(content)
     except ValidationError as error:
         raise SegraftError(
             f"{path} does not follow the Medical Segmentation Decathlon's layout ({_reasons(error)}): "
