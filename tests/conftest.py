@@ -41,7 +41,10 @@ def nnunet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / "done").is_file():
             script = Path(__file__).parent / "exchange" / "nnunet_making.py"
-            made = subprocess.run([sys.executable, script, folder, *given], capture_output=True, text=True)
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            made = subprocess.run(
+                [sys.executable, script, folder, *given], capture_output=True, text=True, env=environment
+            )
             assert made.returncode == 0, made.stderr
             (folder / "done").touch()
     return folder

@@ -19,7 +19,7 @@ import numpy as np
 
 SEED = 0
 TRAINING = 5
-TESTS = 2
+TESTS = 1
 PROCESSES = "nnUNet_n_proc_DA"
 
 
@@ -34,9 +34,7 @@ def main(folder: Path, hippocampus: Path | None) -> None:
     raw, preprocessed = folder / "raw", folder / "preprocessed"
     if hippocampus is not None:
         copy_hippocampus(raw / "Dataset291_Hippocampus", hippocampus)
-        train(
-            preprocessed / "Dataset291_Hippocampus", 291, {"3d_fullres": [32, 40, 32], "2d": [40, 32]}, iterations=100
-        )
+        train(preprocessed / "Dataset291_Hippocampus", 291, {"3d_fullres": [24, 32, 24], "2d": [40, 32]}, iterations=10)
     make_brains(raw / "Dataset292_Brains")
     train(preprocessed / "Dataset292_Brains", 292, {"3d_fullres": [8, 32, 24], "2d": [32, 24]})
     make_abdomens(raw / "Dataset293_Abdomens")
@@ -131,7 +129,7 @@ def describe(folder: Path, channels: dict[str, str], labels: dict[str, Any], **m
 
 
 def train(
-    folder: Path, number: int, patches: dict[str, list[int]], planner: str = "ExperimentPlanner", iterations: int = 40
+    folder: Path, number: int, patches: dict[str, list[int]], planner: str = "ExperimentPlanner", iterations: int = 25
 ) -> None:
     """Plan, make it small, preprocess, and train for one short epoch."""
     import torch
@@ -158,7 +156,7 @@ def train(
         arguments = {**json.loads(path.read_text()), "continue_training": False}
         trainer = nnUNetTrainer(arguments, configuration, 0, dataset_json, device=torch.device("cpu"))
         trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 1, iterations, 1
-        trainer.save_every = 1
+        trainer.save_every, trainer.oversample_foreground_percent = 1, 1.0
         trainer.logger.plot_progress_png = lambda *_: None
         trainer.run_training()
 
