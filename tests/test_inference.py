@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from segraft.errors import SegraftError
-from segraft.inference import label_map, sliding_scores
+from segraft.inference import AVERAGING, label_map, sliding_scores
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -179,3 +179,30 @@ def test_a_missing_channel_is_missing_in_every_patch(patch):
     assert not net.in_part
     torch.testing.assert_close(found[0], torch.sigmoid(image[0] + image[2]), rtol=0, atol=1e-5)
     assert torch.isnan(image[1]).all(), "the scan is left as it was"
+
+
+def test_of_logits_the_larger_counts_where_both_probabilities_are_one():
+    logits = torch.tensor([[30.0], [40.0]])[:, :, None, None]
+    assert label_map(logits, (1, 2), AVERAGING["logit"].threshold).item() == 2
+    assert label_map(-logits, (1, 2), AVERAGING["logit"].threshold).item() == 0
+
+
+class Sided(nn.Module):
+    """Logits are the place along X, and so not the same when mirrored."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.arange(image.shape[2], dtype=torch.float32).reshape(1, 1, -1, 1, 1).expand_as(image).clone()
+
+
+@pytest.mark.parametrize(("mirror", "expected"), [((), [0.0, 1, 2, 3]), ((0,), [1.5] * 4), ((0, 2), [1.5] * 4)])
+def test_mirrored_scores_are_averaged(mirror, expected):
+    found = sliding_scores(Sided(), torch.zeros(1, 4, 4, 4), (4, 4, 4), average="logit", mirror=mirror)
+    torch.testing.assert_close(found[0, :, 0, 0], torch.tensor(expected))
+
+
+@pytest.mark.parametrize("shape", [(4, 9, 7), (3, 20, 8), (11, 8, 8)])
+@pytest.mark.parametrize("patch", [(4, 8, 8), (4, 8, 1)])
+def test_even_windows_see_every_voxel_and_only_the_scan(shape, patch):
+    image = torch.randn(1, *shape)
+    found = sliding_scores(nn.Identity(), image, patch, average="logit", windows="even")
+    torch.testing.assert_close(found, image)

@@ -1,7 +1,6 @@
 """Adapters on networks of nnU-Net's: trained, kept, used, and given back to nnU-Net merged."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +9,8 @@ from torch import nn
 
 from segraft import adapters
 from segraft.adapters import AdapterSpec
-from segraft.errors import SegraftError
 from segraft.exchange.opening import open_base
 from segraft.jobs import adapt, export
-from segraft.jobs.adapting import BaseSource
 from segraft.jobs.model import build_from_start, load_model
 from segraft.training.settings import TrainingSettings
 
@@ -67,7 +64,7 @@ def test_every_layer_is_adapted_once_though_registered_several_times(made):
     assert len(trained) >= 3 * len(layers)  # two factors and a magnitude
     with torch.no_grad():
         for value in trained:
-            value += 0.05 * torch.randn_like(value)
+            value.add_(torch.randn_like(value), alpha=0.05)
     expected = net(image)
     adapters.merge(net, reversible=False)
     torch.testing.assert_close(net(image), expected)
@@ -75,6 +72,19 @@ def test_every_layer_is_adapted_once_though_registered_several_times(made):
     for key in tensors:
         if key.startswith("encoder."):
             assert torch.equal(tensors[key], tensors[f"decoder.{key}"])
+
+
+@pytest.mark.parametrize("made", ["Brains 3d_fullres"], indirect=True)
+def test_regions_of_single_values_stay_regions_in_nnunet(made, tmp_path, by_nnunet):
+    spec, settings = AdapterSpec("lora_c", rank=2, train=("head",)), SHORT
+    adapted = adapt(made.base, made.data, tmp_path / "run", spec=spec, labels=("core", "rim=1"), settings=settings)
+    export(adapted.path, tmp_path / "out", format="nnunet")
+    labels = json.loads((tmp_path / "out" / "dataset.json").read_text())["labels"]
+    assert labels == {"background": 0, "core": [2, 2], "rim": [1, 1]}
+    (files, *_) = made.scans()
+    model = load_model(adapted.path)
+    mask = model.segment(model.case("scan", files)).mask
+    np.testing.assert_array_equal(mask, by_nnunet(tmp_path / "out", files))
 
 
 @pytest.mark.parametrize("made", ["Brains 3d_fullres"], indirect=True)

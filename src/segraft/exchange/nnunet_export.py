@@ -26,7 +26,7 @@ def export_nnunet(finished: Finished, folder: Path) -> tuple[str, ...]:
     are at least as large just where they are labels here. Regions stay sigmoids.
 
     Raises:
-        SegraftError: the base is no network of nnU-Net's, the adapter cannot be merged, or the labels cannot be said.
+        SegraftError: the base is no network of nnU-Net's, or the adapter cannot be merged.
     """
     preparation = finished.preparation
     if finished.network != NETWORK or not isinstance(preparation, NNUNetPreparation):
@@ -34,14 +34,8 @@ def export_nnunet(finished: Finished, folder: Path) -> tuple[str, ...]:
             f"{finished.source} adapts {finished.network}, which nnU-Net cannot build: only adapters of a base "
             "nnunet:FOLDER go back to it."
         )
-    labels = finished.labels
-    if labels.regions and all(len(covers) == 1 for covers in labels.regions.values()):
-        raise SegraftError(
-            f"the regions of {finished.source} are single label values, which nnU-Net takes for labels that exclude "
-            "each other: adapt to them as labels (--labels 1,2)."
-        )
     base = Checkpoint.read(finished.base)
-    order = _order(labels)
+    order = _order(finished.labels)
     plans, dataset = _descriptions(finished, base, preparation)
     content = {
         "network_weights": _weights(finished, base, order),
@@ -95,7 +89,10 @@ def _descriptions(
     order = _order(labels)
     dataset.pop("regions_class_order", None)
     if labels.regions:
-        dataset["labels"] = {BACKGROUND: 0, **{labels[value]: list(labels.covers(value)) for value in order}}
+        covers = {labels[value]: list(labels.covers(value)) for value in order}
+        if all(len(values) == 1 for values in covers.values()):  # a list of one, nnU-Net takes for a label
+            covers = {name: values * 2 for name, values in covers.items()}
+        dataset["labels"] = {BACKGROUND: 0, **covers}
         dataset["regions_class_order"] = order
     else:
         dataset["labels"] = {BACKGROUND: 0, **{labels[value]: place for place, value in enumerate(order, start=1)}}
