@@ -9,9 +9,10 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 env: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt nnunet-peer.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,nnunet-peer]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r nnunet-peer.txt
 	$(BIN)/python -c "import torch; v = torch.__version__; assert v.split('+')[0] == '2.13.0', f'torch is {v}, constraints.txt asks for 2.13.0'; print('environment ready: torch', v)"
 	touch $@
 

@@ -3,8 +3,11 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pydicom
 import pytest
 import torch
 from hypothesis import settings
@@ -54,3 +57,35 @@ def nnunet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _same_weights_on_every_run() -> None:
     """Networks that a test builds without a seed of its own start from the same weights."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def seg_by_hand() -> Callable[[Path, np.ndarray, tuple[int, ...]], dict[str, np.ndarray]]:
+    """seg_by_hand(path, affine, shape): segment label -> where it is, read by the standard with pydicom's tags alone.
+
+    Bits are packed without gaps between frames, the first pixel lowest (PS3.5, 8.1.1); a frame's pixel lies at
+    P = S + column·Δcolumn·X + row·Δrow·Y (PS3.3, C.7.6.2.1.1).
+    """
+
+    def read(path: Path, affine: np.ndarray, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+        dataset = pydicom.dcmread(path)
+        rows, columns, frames = dataset.Rows, dataset.Columns, int(dataset.NumberOfFrames)
+        bits = np.unpackbits(np.frombuffer(dataset.PixelData, np.uint8), bitorder="little")
+        pixels = bits[: frames * rows * columns].reshape(frames, rows, columns)
+        shared = dataset.SharedFunctionalGroupsSequence[0]
+        spacing = np.array(shared.PixelMeasuresSequence[0].PixelSpacing, dtype=float)
+        cosines = np.array(shared.PlaneOrientationSequence[0].ImageOrientationPatient, dtype=float)
+        names = {int(each.SegmentNumber): str(each.SegmentLabel) for each in dataset.SegmentSequence}
+        found = {name: np.zeros(shape, dtype=bool) for name in names.values()}
+        for frame, groups in zip(pixels, dataset.PerFrameFunctionalGroupsSequence, strict=True):
+            corner = np.array(groups.PlanePositionSequence[0].ImagePositionPatient, dtype=float)
+            of = groups if "SegmentIdentificationSequence" in groups else shared  # all frames' alike, if there is one
+            number = int(of.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+            for row, column in np.argwhere(frame):
+                lps = corner + column * spacing[1] * cosines[:3] + row * spacing[0] * cosines[3:]
+                voxel = np.linalg.solve(affine[:3, :3], lps * [-1, -1, 1] - affine[:3, 3])
+                assert np.abs(voxel - np.rint(voxel)).max() < 0.01
+                found[names[number]][tuple(np.rint(voxel).astype(int))] = True
+        return found
+
+    return read

@@ -4,6 +4,8 @@ import copy
 import io
 import pickle
 import threading
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -493,6 +495,39 @@ def test_recomputation_of_two_passes_at_once():
     net.zero_grad()
     loss(ROUTE).backward()
     assert_alike(found, {key: value.grad for key, value in adapter_tensors(net, "default").items()})
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_recomputed_parts_keep_the_channels_of_each_pass(kind):
+    """Also where passes of several orders wait together, where it runs in another thread, and a second time."""
+    inner = build(kind, spec_of("rs_lora"))
+    net, factors, x = nn.Sequential(inner), adapter_tensors(inner, "default"), images(kind)
+
+    def loss(*orders: list[int]) -> Tensor:
+        net.zero_grad()
+        total = torch.zeros((), dtype=x[0].dtype)
+        for weight, channels in enumerate(orders, start=1):
+            with routed(channels):
+                total = total + weight * net(torch.cat(x[: len(channels)])).square().mean()
+        return total
+
+    def gradients(run: Callable[[], object]) -> dict[str, Tensor]:
+        run()
+        return {key: value.grad.clone() for key, value in factors.items()}
+
+    orders = (ROUTE, [0, 1, 2], [1], [2, 0])
+    wanted = gradients(loss(*orders).backward)
+    with recomputing(net, ["0"]):
+        found = loss(*orders)
+        assert_alike(gradients(partial(found.backward, retain_graph=True)), wanted)
+        net.zero_grad()
+        assert_alike(gradients(partial(found.backward, retain_graph=True)), wanted)
+        net.zero_grad()
+        thread = threading.Thread(target=found.backward)
+        with routed([0]):  # not that of any pass
+            thread.start()
+            thread.join()
+        assert_alike({key: value.grad for key, value in factors.items()}, wanted)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, where it leaves what it compiled

@@ -8,7 +8,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from segraft.adapters import read_header
 from segraft.evaluation.metrics import dice
+from segraft.networks import read_base
 
 WT = "WT=1+2,core=2"
 NET = ("--network-args", '{"widths": [4, 8]}', "--epochs", "2", "--device", "cpu", "--learning-rate", "3e-2")
@@ -110,6 +112,46 @@ def test_a_folder_gives_a_mask_per_scan(segraft, whole, trained, tmp_path):
     outcome = segraft("predict", trained / "run", tmp_path / "scans", "-o", tmp_path / "masks", "--json")
     assert outcome.code == 0, outcome.err
     assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == [f"p{k}.nii.gz" for k in (0, 1, 2, 3, 5)]
+
+
+def test_intensities_by_the_channel(segraft, whole, tmp_path):
+    """The second channel's values are about ten times the first's."""
+    made = segraft(
+        *("pretrain", "--data", whole, "--labels", WT, *NET, "--percentiles", 1, 99, "--intensity"),
+        *("T1gd=window:-20:3500.5", "--out", tmp_path / "base"),
+    )
+    assert made.code == 0, made.err
+    first = {"kind": "percentiles", "lower": 1.0, "upper": 99.0}
+    second = {"kind": "window", "low": -20.0, "high": 3500.5}
+    assert read_base(tmp_path / "base").record["preparation"]["intensity"] == [first, second]
+    made = segraft(
+        *("adapt", "--base", tmp_path / "base", "--data", whole, "--labels", WT, "--epochs", 1, "--device", "cpu"),
+        *("--intensity", "0=window:0:300", "--method", "lora_c", "--rank", 1, "--out", tmp_path / "run"),
+    )
+    assert made.code == 0, made.err
+    recorded = read_header(tmp_path / "run" / "adapter.safetensors").record["preparation"]["intensity"]
+    assert recorded == [{"kind": "window", "low": 0.0, "high": 300.0}, second]
+    scan = whole / "imagesTr" / "p0_0000.nii.gz"
+    assert segraft("predict", tmp_path / "run", scan, "-o", tmp_path / "m.nii.gz").code == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("T2=window:0:3",), ['no channel "T2"', "0 (FLAIR), 1 (T1gd)", "dataset.json"]),
+        (("FLAIR=window:0",), ["FLAIR=window:0", "CHANNEL=KIND:LOW:HIGH"]),
+        (("FLAIR=gamma:0:1",), ["FLAIR=gamma:0:1", "CHANNEL=KIND:LOW:HIGH"]),
+        (("window:0:1",), ["CHANNEL=KIND:LOW:HIGH"]),
+        (("FLAIR=window:0:x",), ["CHANNEL=KIND:LOW:HIGH"]),
+        (("FLAIR=window:3:0",), ["low (3) must be below high (0)"]),
+        (("FLAIR=window:0:nan",), ["intensity", "finite"]),
+        (("FLAIR=window:0:1", "FLAIR=window:0:2"), ["FLAIR is given twice"]),
+        (("FLAIR=window:0:1", "flair=window:0:2"), ["FLAIR and flair are one channel"]),
+    ],
+)
+def test_intensities_given_wrongly(refused, whole, tmp_path, given, says):
+    options = [word for each in given for word in ("--intensity", each)]
+    refused("pretrain", "--data", whole, *NET, *options, "--out", tmp_path / "base", says=says)
 
 
 @pytest.mark.parametrize(
@@ -246,6 +288,11 @@ def test_a_network_that_takes_missing_channels(segraft, cohort, tmp_path):
     assert np.isfinite(made.json["training"]["losses"]).all()
     told = segraft("predict", tmp_path / "run", cohort / "imagesTr/p4_0000.nii.gz", "-o", tmp_path / "m.nii", "--json")
     assert told.code == 0, told.err
+    second = shutil.copy(cohort / "imagesTr/p3_0001.nii.gz", tmp_path / "who_t1gd.nii.gz")
+    for given, name in ((("--channel", f"T1gd={second}"), "who"), ((cohort / "imagesTr/p3_0000.nii.gz",), "p3")):
+        told = segraft("predict", tmp_path / "run", *given, "-o", tmp_path / "masks")
+        assert told.code == 0, told.err
+        assert (tmp_path / "masks" / f"{name}.nii.gz").is_file()
     told = segraft("evaluate", tmp_path / "base", "--data", cohort, "--out", tmp_path, "--json")
     assert told.code == 0, told.err
     assert "p4" in {row["case"] for row in told.json["cases"]}

@@ -5,6 +5,9 @@ import json
 import pytest
 from safetensors.torch import load_file
 
+from segraft.data.cohort import Cohort
+from segraft.jobs.cases import Served, served_cases
+from segraft.networks import read_base
 from segraft.training.callbacks import EpochCheckpoint
 
 SIZES = {"hidden_size": 24, "mlp_dim": 48, "num_heads": 2}
@@ -179,3 +182,63 @@ def test_weights_of_another_size_are_refused(refused, encoder, work, tmp_path):
         *("--device", "cpu", "--out", tmp_path / "run"),
         says=["patches 2, this network 1", "img_size"],
     )
+
+
+@pytest.fixture(scope="module")
+def known(make_cohort, unlabelled, tmp_path_factory):
+    """A labelled cohort of eight: the four that the encoder saw, under other names, and four that it did not."""
+    folder = make_cohort(tmp_path_factory.mktemp("known"), [f"k{number}" for number in range(8)], seed=31)
+    for kind in ("imagesTr", "labelsTr"):
+        for number in range(4):
+            seen = unlabelled.parent / kind / f"u{number}.nii.gz"
+            (folder / kind / f"k{number}.nii.gz").write_bytes(seen.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_encoder(segraft, encoder, known):
+    """on_encoder(out, *more): an adapter on a UNETR with the encoder; its cases and notes."""
+
+    def adapt(out, *more):
+        arguments = json.dumps({"img_size": [32, 16, 16], "feature_size": 4, **SIZES})
+        made = segraft(
+            *("adapt", *UNETR, "--weights", encoder, "--network-args", arguments, "--data", known, "--labels", "1"),
+            *("--patch", 32, 16, 16, "--method", "none", "--train", "decoder", "--epochs", 1, "--volumes", 4),
+            *("--patches", 1, "--device", "cpu", "--out", out, "--json", *more),
+        )
+        assert made.code == 0, made.err
+        return set(made.json["cases"]), " ".join(made.json["notes"])
+
+    return adapt
+
+
+NEW = {"k4", "k5", "k6", "k7"}
+
+
+def test_what_the_encoder_saw_is_drawn_and_measured_last(on_encoder, segraft, known, tmp_path):
+    adapted, notes = on_encoder(tmp_path / "run", "--shots", 2)
+    assert adapted < NEW
+    assert "4 cases of Toy pre-trained the base's encoder and are left out." in notes
+    evaluate = ("evaluate", tmp_path / "run", "--data", known, "--device", "cpu", "--out", tmp_path, "--json")
+    told = segraft(*evaluate).json["record"]
+    assert set(told["cases"]) == NEW - adapted
+    assert "4 cases of Toy pre-trained the base's encoder and are left out." in told["notes"]
+    told = segraft(*evaluate, "--cases", 3).json["record"]
+    assert "1 of the cases to evaluate on also pre-trained the base's encoder (without labels)" in told["notes"][-1]
+
+
+def test_all_means_all_where_no_label_was_read(on_encoder, known, tmp_path):
+    adapted, notes = on_encoder(tmp_path / "run")
+    assert adapted == NEW | {"k0", "k1", "k2", "k3"}
+    assert "encoder and are" not in notes
+
+
+def test_an_imported_base_knows_what_its_encoder_saw(segraft, encoder, known, tmp_path):
+    arguments = json.dumps({"img_size": [32, 16, 16], "feature_size": 4, **SIZES})
+    made = segraft(
+        *("import", encoder, "--network", UNETR[1], "--network-args", arguments, "--labels", "core"),
+        *("--patch", 32, 16, 16, "--out", tmp_path / "base"),
+    )
+    assert made.code == 0, made.err
+    assert Served.of(read_base(tmp_path / "base").record) == Served.by_weights(encoder)
+    assert served_cases(Cohort.read(known), Served.by_weights(encoder)) == {"k0", "k1", "k2", "k3"}

@@ -113,6 +113,27 @@ def test_layouts(tmp_path, layout):
     check_cases(cohort.cases, cohort, cohort.select_labels([]))
 
 
+@pytest.mark.parametrize(
+    ("files", "channels", "name"),
+    [
+        (("p3_0000.nii.gz", "p3_0001.nii.gz"), (), "p3"),
+        ((None, "p3_0001.nii.gz"), (), "p3"),
+        ((None, "s/p3_t1.nii.gz"), ("FLAIR", "T1"), "p3"),
+        ((None, "s/p3_t1.nii.gz"), (), "p3_t1"),
+        (("a/p3_flair.nii.gz", None, "b/p3_t1.nii.gz"), (), "p3"),
+        (("p3/flair.nii.gz", "p3/t1.nii.gz"), (), "p3"),
+        (("all.nii.gz",), ("FLAIR", "T1"), "all"),
+    ],
+)
+def test_a_scan_that_lacks_channels_or_their_names(files, channels, name):
+    assert scan_name(files, channels) == name
+
+
+def test_two_files_for_one_channel(tmp_path):
+    with pytest.raises(SegraftError, match=r"entry 0 of .* has two files for one channel \(FLAIR, T1, t1\)"):
+        listed(tmp_path, {NAMES[0]: "a.nii.gz", "T1": "b.nii.gz", "t1": "c.nii.gz"})
+
+
 def test_a_channel_by_itself_is_recognised(tmp_path):
     """A base that saw the FLAIR alone saw this patient."""
     several = nnunet(tmp_path).cases[0]

@@ -14,6 +14,7 @@ from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
 from segraft.jobs import adapt, evaluate, import_base, load_model, pretrain
 from segraft.jobs.adapting import BaseSource
+from segraft.jobs.cases import Served
 from segraft.jobs.evaluating import on_cohort
 from segraft.jobs.model import load_base_of, named_as_loaded
 from segraft.networks import Loaded, build, load_base, read_base, save_base
@@ -282,6 +283,18 @@ def test_a_base_of_ours_keeps_its_names_and_merging_as_weights(tmp_path):
         assert loaded.described["outputs"] == [1]
         assert merges_as_before(loaded.net) == (network == PATH)
         assert not any("since 1.5" in note for note in loaded.notes)
+
+
+def test_a_base_of_ours_knows_its_cases_as_weights(tmp_path, scans):
+    """Of the four that trained it none is adapted to as long as there are others, nor measured."""
+    arguments = {"network": "unet3d", "network_arguments": UNET, "labels": ["1"], "preparation": PREPARED}
+    base = pretrain(scans, tmp_path / "base", cases=2, settings=TrainingSettings(epochs=1), **arguments)
+    loaded = BaseSource("unet3d", base.path, UNET).load({1: "aorta"}, Cohort.read(scans))
+    assert loaded.served == Served.of(read_base(base.path).record)
+    assert set(loaded.served.digests) == set(base.cases)
+    assert not loaded.served.unlabelled
+    torch.save(unet(1, 1).state_dict(), tmp_path / "theirs.pt")
+    assert BaseSource("unet3d", tmp_path / "theirs.pt", UNET).load({1: "aorta"}, ONE_CHANNEL).served == Served()
 
 
 def test_labels_of_which_only_some_names_match_never_go_by_number(tmp_path, scans):

@@ -92,9 +92,12 @@ def test_every_patch_is_masked_equally_often():
     assert (often - 0.75).abs().max() < 5 * math.sqrt(0.75 * 0.25 / 4000)
 
 
-@pytest.mark.parametrize("share", [1.0, -0.1, 0.99])
-def test_shares_that_leave_nothing_to_look_at_are_refused(share):
-    with pytest.raises(SegraftError, match="leaves none to look at"):
+@pytest.mark.parametrize(
+    ("share", "what"),
+    [(1.0, "leaves none to look at"), (0.99, "leaves none to look at"), (-0.1, "masks none"), (0.01, "masks none")],
+)
+def test_shares_that_leave_nothing_to_do_are_refused(share, what):
+    with pytest.raises(SegraftError, match=what):
         draw(1, 8, share)
 
 

@@ -8,11 +8,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from segraft.data.cohort import Cohort
 from segraft.errors import SegraftError
-from segraft.studies.planning import plan
+from segraft.jobs.evaluating import measure
+from segraft.jobs.model import Segmentation
+from segraft.studies.planning import PLAN, Plan, plan
 from segraft.studies.report import write_study_report
 from segraft.studies.run import Run, Runs
 from segraft.studies.running import run_study
+from segraft.studies.scores import collect
 
 SHAPE = (16, 16, 4)
 REGIONS = ["all of it=1+2", "middle=2"]
@@ -69,6 +73,46 @@ def test_a_study(make_study, two_channels, tmp_path):
     assert (again.done, again.failures) == (0, {})
     write_study_report(out)
     assert (out / "report.html").is_file()
+    # What regions share counts once, in the truth and in what was found.
+    made = Plan.read(out / PLAN)
+    annotated = collect(made, Runs(out / "runs")).annotated_ml()
+    assert annotated == {
+        patient: pytest.approx(np.count_nonzero(nib.load(two_channels / f"target/{patient}-label.nii.gz").dataobj) / 4)
+        for patient in ("p0", "p1", "p2", "p3")
+    }
+
+
+def test_regions_that_overlap_count_once(two_channels):
+    """Found: one region on the left half, the other, not within it, on the upper half: three quarters together."""
+    cohort = Cohort.read(two_channels / "target")
+    case, labels = cohort.cases[0], cohort.select_labels(REGIONS)
+    left, upper = np.zeros((2, *SHAPE), bool)
+    left[:8], upper[:, 8:] = True, True
+    planes = dict(zip(labels, (left, upper), strict=True))
+    measured = measure(case, Segmentation(labels.painted(planes), case.load(), planes), labels)
+    truth = np.asanyarray(nib.load(case.label).dataobj)
+    voxel_ml = 5 * 5 * 10 / 1000
+    assert [row.volume_ml for row in measured.labels] == [pytest.approx(left.size / 2 * voxel_ml)] * 2
+    (together,) = measured.together
+    assert together.volume_ml == pytest.approx(left.size * 3 / 4 * voxel_ml)
+    assert together.truth_ml == pytest.approx(np.count_nonzero(truth) * voxel_ml)
+    apart = cohort.select_labels(["core"])
+    assert measure(case, Segmentation(truth == 1, case.load(), {}), apart).together == ()
+
+
+def test_a_result_that_counted_twice_is_not_taken(make_study, two_channels, tmp_path):
+    out, arms = tmp_path / "out", [{"base": "unet", "strategies": ["none"]}]
+    run_study(
+        make_study(two_channels, labels=REGIONS, pretrain_labels=REGIONS, folds=2, arms=arms, reference="none (unet)"),
+        out,
+        device="cpu",
+    )
+    (file,) = out.glob("runs/*/evaluation.json")
+    content = json.loads(file.read_text())
+    del content["together"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(SegraftError, match=f"{file.parent.name} does not say what its regions"):
+        write_study_report(out)
 
 
 def test_what_a_region_covers_is_part_of_a_run(make_study, two_channels, tmp_path):

@@ -7,8 +7,8 @@
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -29,6 +29,7 @@ class Route:
 _KEY = "segraft_route"
 
 _ROUTE: ContextVar[Route | None] = ContextVar(_KEY, default=None)
+_RESUMED: ContextVar[Route | None] = ContextVar(f"{_KEY}_resumed", default=None)
 
 
 @contextmanager
@@ -52,11 +53,28 @@ def routed(channels: Sequence[int]) -> Iterator[None]:
         _ROUTE.reset(token)
 
 
+class Resumed(AbstractContextManager[None]):
+    """Within the `with` block, layers are of the route that was there when this was made.
+
+    For a recomputation that knows which pass it recomputes, as those of `training.recomputation` do.
+    """
+
+    def __init__(self) -> None:
+        self.route = _RESUMED.get() or _ROUTE.get()
+        self.tokens: list[Token[Route | None]] = []
+
+    def __enter__(self) -> None:
+        self.tokens.append(_RESUMED.set(self.route))
+
+    def __exit__(self, *_error: object) -> None:
+        _RESUMED.reset(self.tokens.pop())
+
+
 class Passes:
     """The routes of a layer's forward passes whose activations are dropped and recomputed in the backward pass.
 
     A recomputation happens outside the `with` block, on a GPU even in another thread. So the graph of such a pass holds
-    its route, and what is recomputed is of a pass whose graph is still there.
+    its route, and what is recomputed is of a pass whose graph is still there, unless it is `Resumed`.
     """
 
     def __init__(self) -> None:
@@ -79,6 +97,8 @@ class Passes:
         Raises:
             SegraftError: it is recomputed, and could be of several passes.
         """
+        if (resumed := _RESUMED.get()) is not None:
+            return resumed
         if torch._C._current_graph_task_id() == -1 or not self.alive:
             return _ROUTE.get()
         first, *others = self.alive

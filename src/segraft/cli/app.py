@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from segraft._version import __version__
+from segraft.cli.widths import fitted
 from segraft.errors import SegraftError
 
 if TYPE_CHECKING:
@@ -60,16 +61,25 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
     table = Table(*(Column(Text(name), overflow="fold") for name in columns), title=Text(title))
     for column in table.columns[len(columns) - right :]:
         column.justify = "right"
-    for row in rows:
+    texts = [list(row) for row in rows]
+    for row in texts:
         table.add_row(*(Text(value) for value in row))
+    widths = fitted([[name, *(row[place] for row in texts)] for place, name in enumerate(columns)], out.width)
+    for column, width in zip(table.columns, widths or (), strict=False):
+        column.width = width
     out.print(table)
 
 
 def show_frame(frame: "pd.DataFrame", title: str) -> None:
     """A table of results, numbers to three digits."""
     rows = frame.itertuples(index=False)
-    texts = ([f"{value:.3g}" if isinstance(value, float) else str(value) for value in row] for row in rows)
+    texts = ([_three_digits(value) if isinstance(value, float) else str(value) for value in row] for row in rows)
     show_table(title, [str(name) for name in frame.columns], texts)
+
+
+def _three_digits(value: float) -> str:
+    """And no powers of ten for what is large: 6097 mL, not 6.1e+03."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
 def show_line(text: str) -> None:

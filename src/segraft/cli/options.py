@@ -68,6 +68,13 @@ class ChannelGrids(StrEnum):
     resample = "resample"
 
 
+class MaskFormat(StrEnum):
+    """Of masks that are written."""
+
+    nifti = "nifti"
+    dicom_seg = "dicom-seg"
+
+
 class Schedule(StrEnum):
     """Of the learning rate."""
 
@@ -160,7 +167,8 @@ def training(
         bool | None,
         typer.Option(
             "--stop-when-converged/--all-epochs",
-            help="Stop when the training loss gained no more than 1 % in 20 epochs [adapt: yes, pretrain: no].",
+            help="Stop when the training loss gained no more than 1 % in 20 epochs [adapt: yes, but not "
+            "with onecycle; pretrain: no].",
             rich_help_panel=TRAINING,
         ),
     ] = None,
@@ -239,6 +247,15 @@ def preparation(
         tuple[float, float] | None,
         typer.Option(help="The same by the percentiles of each volume and channel [0.5 99.5].", rich_help_panel=SCANS),
     ] = None,
+    intensity: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CHANNEL=KIND:LOW:HIGH",
+            help="The same for one channel, by its name or its place from 0: ADC=window:0:3000 or "
+            "T1=percentiles:0.5:99.5; repeat for others. The rest are as --window or --percentiles say.",
+            rich_help_panel=SCANS,
+        ),
+    ] = None,
     orientation: Annotated[str | None, typer.Option(help="Axis directions [RAS].", rich_help_panel=SCANS)] = None,
     crop_foreground: Annotated[
         bool | None, typer.Option(help="Crop to what is above 0 [no].", rich_help_panel=SCANS)
@@ -253,22 +270,49 @@ def preparation(
     """Fields of `Preparation`, only those the user said."""
     if window and percentiles:
         raise SegraftError("--window and --percentiles exclude each other: give one.")
-    intensity: dict[str, Any] | None = None
+    everywhere: dict[str, Any] | None = None
     if window:
-        intensity = {"kind": "window", "low": window[0], "high": window[1]}
+        everywhere = {"kind": "window", "low": window[0], "high": window[1]}
     if percentiles:
-        intensity = {"kind": "percentiles", "lower": percentiles[0], "upper": percentiles[1]}
+        everywhere = {"kind": "percentiles", "lower": percentiles[0], "upper": percentiles[1]}
+    if intensity:
+        everywhere = _intensities(intensity, everywhere)
     said: Mapping[str, Any] = {
         "head": head,
         "patch": patch,
         "spacing": spacing,
         "channel_grids": None if channel_grids is None else channel_grids.value,
-        "intensity": intensity,
+        "intensity": everywhere,
         "orientation": orientation,
         "crop_foreground": crop_foreground,
         "overlap": overlap,
     }
     return {name: value for name, value in said.items() if value is not None}
+
+
+_INTENSITIES = {"window": ("low", "high"), "percentiles": ("lower", "upper")}
+
+
+def _intensities(texts: list[str], others: dict[str, Any] | None) -> dict[str, Any]:
+    """Channel -> setting, of CHANNEL=KIND:LOW:HIGH; "*" are the others."""
+    found: dict[str, Any] = {} if others is None else {"*": others}
+    for text in texts:
+        channel, equals, setting = text.rpartition("=")
+        channel, (kind, *ends) = channel.strip(), setting.split(":")
+        names = _INTENSITIES.get(kind.strip(), ())
+        try:
+            values = [float(end) for end in ends]
+        except ValueError:
+            values = []
+        if not (equals and channel and names and len(values) == len(names)):
+            raise SegraftError(
+                f'--intensity "{text}" is not CHANNEL=KIND:LOW:HIGH: write it as --intensity ADC=window:0:3000 or '
+                "--intensity T1=percentiles:0.5:99.5."
+            )
+        if channel in found:
+            raise SegraftError(f"--intensity {channel} is given twice: give one for each channel.")
+        found[channel] = {"kind": kind.strip(), **dict(zip(names, values, strict=True))}
+    return found
 
 
 def adapter(

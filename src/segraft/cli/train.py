@@ -199,8 +199,7 @@ def adapt(
     Example: `segraft adapt --base base --data D/dataset.json --labels 2 --shots 10 --method dora_c --rank 8 --out run`
     """
     from segraft.jobs import adapt as job
-    from segraft.jobs.adapting import ADAPTING, BaseSource
-    from segraft.training.settings import check_settings
+    from segraft.jobs.adapting import BaseSource, adapting_settings
 
     _settle_memory(training)
     with _first_process_reports():
@@ -212,7 +211,7 @@ def adapt(
             labels=split(labels),
             shots=shots,
             preparation=preparation,
-            settings=check_settings(**ADAPTING | training, **common.computing(), seed=common.seed),
+            settings=adapting_settings(**training, **common.computing(), seed=common.seed),
             patient_pattern=patient_pattern,
             resume=resume,
             overwrite=overwrite,

@@ -9,7 +9,18 @@ import typer
 from segraft.allocation import keep_freed_memory
 from segraft.cli import options
 from segraft.cli.app import err, progress_console, show_frame, show_json, show_line, show_notes, show_table, split
-from segraft.cli.options import BasePath, Common, Data, Fold, Labels, ModelPath, OutFolder, PatientPattern, takes
+from segraft.cli.options import (
+    BasePath,
+    Common,
+    Data,
+    Fold,
+    Labels,
+    MaskFormat,
+    ModelPath,
+    OutFolder,
+    PatientPattern,
+    takes,
+)
 from segraft.errors import SegraftError
 
 
@@ -32,6 +43,13 @@ def predict(
             "are those of the data that it was trained on."
         ),
     ] = None,
+    mask_format: Annotated[
+        MaskFormat | None,
+        typer.Option(
+            "--format",
+            help="Of the masks: nifti, or dicom-seg for scans that are DICOM series [as --out ends, else nifti].",
+        ),
+    ] = None,
     base: BasePath = None,
     fold: Fold = None,
     common: Common,
@@ -40,13 +58,23 @@ def predict(
 
     Example: `segraft predict run/adapter.safetensors scan.nii.gz -o mask.nii.gz`
 
+    DICOM in and out: `segraft predict run/adapter.safetensors ct_series/ -o result.dcm`
+
     Of several channels: `segraft predict run --channel FLAIR=flair.nii.gz --channel T1=t1.nii.gz -o mask.nii.gz`
     """
     from segraft.jobs import predict as job
 
     console = progress_console(as_json=common.as_json)
     results = job(
-        model, scans or (), out, channels=_named(channel), base=base, fold=fold, **common.computing(), console=console
+        model,
+        scans or (),
+        out,
+        mask_format=None if mask_format is None else mask_format.value,
+        channels=_named(channel),
+        base=base,
+        fold=fold,
+        **common.computing(),
+        console=console,
     )
     if common.as_json:
         show_json({"masks": [asdict(result) for result in results]})

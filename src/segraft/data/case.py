@@ -2,13 +2,14 @@
 
 import hashlib
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
 from segraft.data.channels import Scan, load_channels
+from segraft.data.dicom_seg import segments_digest
 from segraft.data.labels import Labels
 from segraft.data.organ_masks import mask_file
 from segraft.errors import SegraftError
@@ -29,6 +30,7 @@ class Case:
         organs: of such a folder: the names of the cohort's labels, label k at `organs[k - 1]`; a mask is the file of
             that name.
         channels: names of the channels, where there are several.
+        known: where the label is a DICOM SEG: the labels of the cohort, which its segments are told by.
     """
 
     id: str
@@ -37,6 +39,7 @@ class Case:
     label: Path | None
     organs: tuple[str, ...] = ()
     channels: tuple[str, ...] = ()
+    known: Labels | None = field(default=None, compare=False)
 
     @property
     def image(self) -> Path:
@@ -65,6 +68,8 @@ class Case:
     def label_digest(self, asked: Collection[int]) -> str:
         """The first 16 hex digits of the SHA-256 of the label file; of a folder, of the asked organs' names and files.
 
+        Of a DICOM SEG the cohort's labels count too, as its segments are told by them.
+
         The order of `asked` does not matter, nor do the numbers of organs.
 
         Args:
@@ -74,6 +79,8 @@ class Case:
             SegraftError: there is no label, or a file of it cannot be read.
         """
         label = self.require_label()
+        if self.known is not None:
+            return segments_digest(label, self.known)[:16]
         if not self.organs:
             return _read_digest(label)[:16]
         digest = hashlib.sha256()

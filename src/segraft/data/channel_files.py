@@ -79,6 +79,8 @@ def files_of(
                 f"({', '.join(channels)}): correct either."
             )
         named = {plain(name): file for name, file in image.items()}
+        if len(named) < len(image):
+            raise SegraftError(f"{who} has two files for one channel ({', '.join(image)}): give one for each.")
         files = tuple(named.get(plain(name)) for name in channels)
     else:
         files = tuple(image)
@@ -93,8 +95,14 @@ def files_of(
 
 
 def scan_name(files: Sequence[str | None], channels: Sequence[str]) -> str:
-    """What a scan is called by its files: the name of one, what several begin with, else their folder."""
-    given = [(file, channel) for file, channel in zip(files, channels or ("",), strict=False) if file is not None]
+    """What a scan is called by its files: the name of one, what several begin with, else their folder.
+
+    Args:
+        files: one per channel, of which one at least is there; or one that holds all.
+        channels: their names; none where they have none.
+    """
+    names_of_each = channels if len(channels) == len(files) else ("",) * len(files)
+    given = [(file, channel) for file, channel in zip(files, names_of_each, strict=True) if file is not None]
     names = [stem(_NUMBERED.sub(r"\2", file)) for file, _ in given]
     if len(files) == 1:
         return stem(given[0][0])

@@ -25,26 +25,40 @@ class Scan:
         names: of its channels; of a single one perhaps empty.
         files: of its channels, None where one is missing; all the same where one file holds them.
         channels: images [X, Y, Z], None where one is missing. They need not lie on one grid.
+        own: place of the channel whose grid the scan's masks have; None: the first that is there.
     """
 
     who: str
     names: tuple[str, ...]
     files: tuple[Path | None, ...]
     channels: tuple[nib.Nifti1Image | None, ...]
+    own: int | None = None
+
+    @property
+    def grid(self) -> nib.Nifti1Image:
+        """The channel whose grid the scan's masks have: the first that is there, in the order in which it is stored."""
+        return self._at(self.own)[1]
+
+    @property
+    def grid_path(self) -> Path:
+        """The file of that channel."""
+        return self._at(self.own)[0]
 
     @property
     def first(self) -> nib.Nifti1Image:
-        """The first channel that is there: its grid is the scan's."""
-        return next(channel for channel in self.channels if channel is not None)
+        """The first channel that is there: what a network sees is on its grid."""
+        return self._at(None)[1]
 
     @property
     def path(self) -> Path:
-        """The file of that channel."""
-        return next(
-            file
-            for file, channel in zip(self.files, self.channels, strict=True)
-            if file is not None and channel is not None
-        )
+        """The file of the first channel that is there."""
+        return self._at(None)[0]
+
+    def _at(self, place: int | None) -> tuple[Path, nib.Nifti1Image]:
+        """A channel that is there, by its place or the first."""
+        there = zip(self.files, self.channels, strict=True)
+        whole = {at: (file, image) for at, (file, image) in enumerate(there) if file is not None and image is not None}
+        return whole[min(whole) if place is None else place]
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -60,11 +74,13 @@ class Scan:
     def in_order(self, names: Sequence[str]) -> "Scan":
         """The same scan with its channels in the order of these names, which are its own."""
         places = [self.names.index(name) for name in names]
+        own = next(place for place, image in enumerate(self.channels) if image is not None)
         return Scan(
             self.who,
             tuple(names),
             tuple(self.files[place] for place in places),
             tuple(self.channels[place] for place in places),
+            places.index(own if self.own is None else self.own),
         )
 
 

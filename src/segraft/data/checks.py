@@ -10,6 +10,7 @@ import numpy as np
 
 from segraft.data.channels import Scan
 from segraft.data.cohort import Case, Cohort
+from segraft.data.dicom_seg import read_segments
 from segraft.data.labels import Labels
 from segraft.data.nifti import load_nifti, require_same_grid
 from segraft.data.organ_masks import Overlap, join_masks
@@ -66,7 +67,10 @@ def _check_values(image: nib.Nifti1Image, told: str) -> None:
     if not (np.isfinite(low) and np.isfinite(high)):
         raise SegraftError(f"{told} holds NaN or infinite values: replace them or export it again.")
     if low == high:
-        raise SegraftError(f"{told} is constant, every voxel is {low:g}: export it again or leave it out.")
+        raise SegraftError(
+            f"{told} is constant, every voxel is {low:g}: export it again or leave it out (of a scan of several "
+            "channels, name null in its place where it is missing)."
+        )
 
 
 def load_case(case: Case, asked: Collection[int] | None = None) -> tuple[Scan, nib.Nifti1Image]:
@@ -75,7 +79,7 @@ def load_case(case: Case, asked: Collection[int] | None = None) -> tuple[Scan, n
     Args:
         case: a case with a label.
         asked: the labels asked for. A label file is read whole whatever they are; of a folder of masks only those that
-            they cover are read. None: all, which may be more than a hundred files.
+            they cover are read; see `read_segments` for a DICOM SEG. None: all, which may be more than a hundred files.
 
     Returns:
         The scan, and its label on the grid of the scan's first channel; the label's values are whole and not negative.
@@ -83,7 +87,7 @@ def load_case(case: Case, asked: Collection[int] | None = None) -> tuple[Scan, n
 
     Raises:
         SegraftError: what `check_scan` refuses; no label; a label on another grid, or with values that are
-            fractions or negative; what `join_masks` refuses.
+            fractions or negative; what `join_masks` or `read_segments` refuses.
     """
     scan, label, _ = _load(case, asked)
     return scan, label
@@ -95,6 +99,8 @@ def _load(case: Case, asked: Collection[int] | None) -> tuple[Scan, nib.Nifti1Im
     if case.organs:
         organs = case.asked_organs(None if asked is None else Labels.of(asked).values_covered)
         return scan, *join_masks(path, organs, scan.first, scan.path)
+    if case.known is not None:
+        return scan, read_segments(path, case.known, asked, scan.first, scan.path), Overlap()
     label = load_nifti(path, what="label")
     require_same_grid(label, path, scan.first, scan.path)
     data = np.asanyarray(label.dataobj)

@@ -111,6 +111,8 @@ class Cohort:
         """The values of masks that the parts of a region cover: a number is a value, not a region of that number."""
         found: dict[int, None] = {}
         for part in map(str.strip, members.split("+")):
+            if not part:
+                raise SegraftError(f'a region of {self.path} has an empty part ("={members}"): write it as name=1+2.')
             value, number = int(part) if part.isdecimal() else None, self._number(part)
             if value not in self.values and (value is not None or number is None):
                 raise self._unknown(part)

@@ -17,12 +17,15 @@ from pydantic import (
 
 from segraft.data.case import Case
 from segraft.data.channel_files import Given, files_of, names_of, scan_name
+from segraft.data.dicom_seg import is_segmentation, segmentation_file
 from segraft.data.labels import Labels
 from segraft.data.listed import Listed, identities, inside, patients_by
+from segraft.data.nnunet_raw import raw_training
 from segraft.errors import SegraftError
 
 LISTING = "dataset.json"
 _Text = Annotated[str, StringConstraints(min_length=1)]
+_IGNORE = "ignore"
 _LARGEST_LABEL = 65_535  # what a mask file can hold (uint16)
 
 
@@ -34,7 +37,10 @@ def read_dataset_json(path: Path, patient_pattern: str | None) -> Listed:
     `_0000`), of several files what their names begin with, or their folder's; or its path where several images share a
     name. Its patient is the entry's "patient", else as the pattern says, else the id.
 
-    Where `modality` (or `channel_names`) lists several, each entry's "image" is as `channel_files` says.
+    A label is a NIfTI file, or a DICOM SEG (a file, or a folder with that alone) whose segments have the labels' names.
+
+    Where `modality` (or `channel_names`) lists several, each entry's "image" is as `channel_files` says. Of nnU-Net
+    v2's raw data sets, which list no cases, see `nnunet_raw`; a case's id is its identifier there.
 
     Raises:
         SegraftError: no such file, not JSON, keys missing or of a wrong type, no training cases, a case listed twice, a
@@ -42,7 +48,9 @@ def read_dataset_json(path: Path, patient_pattern: str | None) -> Listed:
     """
     if path.is_dir():
         path = path / LISTING
-    listing = _parse(path, _Listing)
+    content = load_json(path)
+    raw = raw_training(content, path)
+    listing = _validated(content if raw is None else {**content, "training": list(raw.values())}, path, _Listing)
     cure = 'correct the pattern, or give that entry a "patient"'
     patient = patients_by(patient_pattern, path, cure=cure)
     channels = names_of([entry.image for entry in listing.training], listing.modalities, path)
@@ -51,14 +59,15 @@ def read_dataset_json(path: Path, patient_pattern: str | None) -> Listed:
         for place, entry in enumerate(listing.training)
     ]
     firsts = [next((name for name in names if name is not None), "") for names in images]
-    ids = identities(firsts, [scan_name(names, channels) for names in images])
+    ids = list(raw or ()) or identities(firsts, [scan_name(names, channels) for names in images])
+    labels = listing.known()
     cases = tuple(
         Case(
             id=identity,
             patient=entry.patient or patient(identity),
             images=tuple(None if name is None else _inside(path, name) for name in names),
-            label=None if entry.label is None else _inside(path, entry.label),
             channels=channels if len(channels) > 1 else (),
+            **_label(path, entry.label, labels),
         )
         for entry, names, identity in zip(listing.training, images, ids, strict=True)
     )
@@ -70,7 +79,7 @@ def read_dataset_json(path: Path, patient_pattern: str | None) -> Listed:
     return Listed(
         name=listing.name or path.resolve().parent.name,
         path=path,
-        labels=listing.known(),
+        labels=labels,
         modalities=channels,
         cases=cases,
     )
@@ -82,11 +91,19 @@ def read_labels(path: Path) -> Labels:
     Raises:
         SegraftError: as `read_dataset_json`.
     """
-    return _parse(path, _Labels).known()
+    return _validated(load_json(path), path, _Labels).known()
 
 
 def _inside(path: Path, name: str) -> Path:
     return inside(path.parent, name, who=str(path), leaves="its folder", cure=f"move the file beside {LISTING}")
+
+
+def _label(path: Path, name: str | None, known: Labels) -> dict[str, Any]:
+    """What a `Case` says of its label."""
+    if name is None:
+        return {"label": None}
+    file = _inside(path, name)
+    return {"label": segmentation_file(file), "known": known} if is_segmentation(file) else {"label": file}
 
 
 class _Entry(BaseModel):
@@ -109,6 +126,11 @@ class _Labels(BaseModel):
     def _regions_apart(cls, content: Any) -> Any:
         """Of nnU-Net's {"whole": [1, 2], "core": 2}, take apart what each is painted with and what it covers."""
         labels = content.get("labels") if isinstance(content, dict) else None
+        if isinstance(labels, dict) and _IGNORE in labels:
+            raise ValueError(
+                f'the label "{_IGNORE}" is nnU-Net\'s for voxels that nobody has annotated, which a training here does '
+                "not leave out: annotate them and take it out"
+            )
         if not isinstance(labels, dict) or not any(isinstance(value, list) for value in labels.values()):
             return {**content, "regions": {}} if isinstance(content, dict) else content
         covers = {name: value if isinstance(value, list) else [value] for name, value in labels.items()}
@@ -167,15 +189,25 @@ class _Listing(_Labels):
         return tuple(self.modality[number] for number in sorted(self.modality))
 
 
-def _parse(path: Path, kind: type[_Kind]) -> _Kind:
+def load_json(path: Path, *, what: str = "a dataset.json or the folder that holds one") -> Any:
+    """What a list holds.
+
+    Args:
+        path: of the list.
+        what: to give instead, for messages.
+
+    Raises:
+        SegraftError: there is none, or it is not JSON.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise SegraftError(
-            f"{path} cannot be read ({error.strerror}): give a dataset.json or the folder that holds one."
-        ) from error
+        raise SegraftError(f"{path} cannot be read ({error.strerror}): give {what}.") from error
     except ValueError as error:  # not JSON, or not text at all
         raise SegraftError(f"{path} is not JSON ({error}): correct the file.") from error
+
+
+def _validated(content: Any, path: Path, kind: type[_Kind]) -> _Kind:
     try:
         return kind.model_validate(content)
     except ValidationError as error:

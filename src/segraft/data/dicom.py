@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _MAGIC_AT, _MAGIC = 128, b"DICM"
+SEG_SUFFIX = ".dcm"
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _ASIDE_NAMES = {"DICOMDIR", "LICENSE", "README", "LOCKFILE", "VERSION"}
 _ASIDE_SUFFIXES = {
@@ -39,6 +40,7 @@ _ASIDE_SUFFIXES = {
     ".inf",
     ".db",
 }
+_LARGEST_ATTRIBUTE = 65_536  # bytes of what is no pixels
 _SMALLEST_STEP_MM = 1e-3  # closer slices lie at one place
 _SPACING_SHARE, _SPACING_MM = 0.01, 0.01  # how far a slice may be off, whichever is more
 _LARGEST_TILT_DEG = 0.1
@@ -89,15 +91,23 @@ def read_series(folder: str | Path) -> nib.Nifti1Image:
             missing; several series; slices of different sizes or directions; gaps, duplicates, or a tilted gantry.
     """
     folder = Path(folder)
-    pydicom = load_pydicom()
-    with _warnings_logged(folder):
-        slices = [_slice(path, _dataset(path, pydicom)) for path in _files(folder)]
-        _check_alike(folder, slices)
-        affine, ordered = _stacked(folder, slices)
+    with warnings_logged(folder):
+        affine, ordered = _volume(folder)
         planes = [_hounsfield(each).T for each in ordered]
     image = nib.Nifti1Image(np.stack(planes, axis=-1), affine)
     image.header.set_xyzt_units("mm")
     return image
+
+
+def read_sources(folder: str | Path) -> list["Dataset"]:
+    """The files of a series in the order of the slices of `read_series`, their pixels left on the disk.
+
+    Raises:
+        SegraftError: as `read_series`, but for what only the pixels show.
+    """
+    folder = Path(folder)
+    with warnings_logged(folder):
+        return [each.dataset for each in _volume(folder, defer_size=_LARGEST_ATTRIBUTE)[1]]
 
 
 def load_pydicom() -> ModuleType:
@@ -115,8 +125,24 @@ def load_pydicom() -> ModuleType:
     return pydicom
 
 
+def load_highdicom() -> ModuleType:
+    """What writes and reads DICOM SEG, which only those who have DICOM need.
+
+    Raises:
+        SegraftError: it is not installed.
+    """
+    load_pydicom()
+    try:
+        import highdicom
+    except ImportError as error:
+        raise SegraftError(
+            f"DICOM SEG needs highdicom, which is not installed ({error}): pip install 'segraft[dicom]'."
+        ) from error
+    return highdicom
+
+
 @contextmanager
-def _warnings_logged(folder: Path) -> Iterator[None]:
+def warnings_logged(folder: Path) -> Iterator[None]:
     """Log what is warned of inside, so that it neither fails where warnings are errors nor is lost.
 
     pydicom warns where a value breaks the rules of its type but can be read (identifiers with letters, say), and where
@@ -128,12 +154,13 @@ def _warnings_logged(folder: Path) -> Iterator[None]:
             yield
         finally:
             for message in dict.fromkeys(" ".join(str(each.message).split()) for each in caught):
-                _log_once(folder, message)
+                log_once(folder, message)
 
 
 @functools.cache
-def _log_once(folder: Path, message: str) -> None:
-    _log.warning("%s: %s", folder, message)
+def log_once(path: Path, message: str) -> None:
+    """Warn of something in a file or folder that may be read many times."""
+    _log.warning("%s: %s", path, message)
 
 
 def is_dicom(file: Path) -> bool:
@@ -162,9 +189,17 @@ def _files(folder: Path) -> list[Path]:
     return found
 
 
-def _dataset(path: Path, pydicom: ModuleType) -> "Dataset":
+def _volume(folder: Path, *, defer_size: int | None = None) -> tuple[NDArray[np.float64], list[_Slice]]:
+    """The affine and the slices in order; elements of more bytes than `defer_size` are not read."""
+    pydicom = load_pydicom()
+    slices = [_slice(path, _dataset(path, pydicom, defer_size)) for path in _files(folder)]
+    _check_alike(folder, slices)
+    return _stacked(folder, slices)
+
+
+def _dataset(path: Path, pydicom: ModuleType, defer_size: int | None) -> "Dataset":
     try:
-        dataset: Dataset = pydicom.dcmread(path)
+        dataset: Dataset = pydicom.dcmread(path, defer_size=defer_size)
     except (pydicom.errors.InvalidDicomError, OSError, EOFError, ValueError, KeyError, NotImplementedError) as error:
         raise SegraftError(f"the DICOM file {path} is damaged or cut short ({error}): copy it again.") from error
     return dataset

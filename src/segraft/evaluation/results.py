@@ -54,6 +54,21 @@ class CaseResult:
     truth_ml: float
 
 
+@dataclass(frozen=True)
+class CaseVolumes:
+    """All labels of one case together, where they may overlap: what several share counts once.
+
+    Attributes:
+        case: the case's id.
+        volume_ml: predicted volume in mL.
+        truth_ml: annotated volume in mL.
+    """
+
+    case: str
+    volume_ml: float
+    truth_ml: float
+
+
 def evaluate_case(
     case_id: str, prediction: LabelMap, truth: LabelMap, labels: Mapping[int, str], affine: ArrayLike
 ) -> list[CaseResult]:
@@ -192,17 +207,22 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def save_results(
-    results: Iterable[CaseResult], folder: Path, *, record: Mapping[str, object] = MappingProxyType({})
+    results: Iterable[CaseResult],
+    folder: Path,
+    *,
+    together: Sequence[CaseVolumes] = (),
+    record: Mapping[str, object] = MappingProxyType({}),
 ) -> tuple[Path, Path]:
     """Write `evaluation.csv` (one row per case and label) and `evaluation.json` into a folder, which is made.
 
-    The JSON holds `cases` (the rows of the CSV), `summary` and `by_stratum` (row name → columns), and
-    `record`. It is strict JSON: a number that does not exist, such as the SD of one case, is null. Paths and dates are
-    text, NumPy values and data classes their plain counterparts.
+    The JSON holds `cases` (the rows of the CSV), `summary` and `by_stratum` (row name → columns), `together`, where
+    labels may overlap, and `record`. It is strict JSON: a number that does not exist, such as the SD of one case, is
+    null. Paths and dates are text, NumPy values and data classes their plain counterparts.
 
     Args:
         results: of `evaluate_case`, for all cases.
         folder: where to write.
+        together: the volumes of all labels of each case, where they may overlap; else their sum is that.
         record: what else belongs to these numbers: which model, which data, which settings.
 
     Returns:
@@ -216,6 +236,7 @@ def save_results(
         "cases": [asdict(result) for result in results],
         "summary": summary(results).to_dict(orient="index"),
         "by_stratum": by_stratum(results).to_dict(orient="index"),
+        **({"together": [asdict(case) for case in together]} if together else {}),
         "record": dict(record),
     }
     text = to_json(content, indent=2, inf_nan_mode="null", fallback=_from_numpy)

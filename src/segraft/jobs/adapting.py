@@ -31,11 +31,21 @@ from segraft.structures import same_name
 from segraft.training.distributed import Team
 from segraft.training.fit import Fit, check_device, check_precision, fit
 from segraft.training.recomputation import regions
-from segraft.training.settings import TrainingSettings
+from segraft.training.settings import TrainingSettings, check_settings
 from segraft.training.strategies import require_parts
 
-ADAPTING: dict[str, Any] = {"learning_rate": 3e-3, "stop_when_converged": True}
-"""Settings in which adapting differs from the defaults of `TrainingSettings`, unless the user says otherwise."""
+
+def adapting_settings(**said: Any) -> TrainingSettings:
+    """Settings of an adaptation, whose defaults are others than those of `TrainingSettings`.
+
+    The learning rate is 0.003, and the training stops when it has converged, but not with the schedule `onecycle`,
+    whose rate would be cut off near its highest.
+
+    Raises:
+        SegraftError: a value that does not fit.
+    """
+    stops = said.get("schedule") != "onecycle"
+    return check_settings(**{"learning_rate": 3e-3, "stop_when_converged": stops, **said})
 
 
 @dataclass(frozen=True)
@@ -169,7 +179,8 @@ class BaseSource:
         if loaded.outputs is not None:
             described |= loaded.outputs.record()
             new = loaded.outputs.new
-        return LoadedBase(net, described, None, Served(), frozenset(new), loaded.untrained, loaded.notes(labels))
+        served = Served.by_weights(weights)
+        return LoadedBase(net, described, None, served, frozenset(new), loaded.untrained, loaded.notes(labels))
 
 
 @dataclass(frozen=True)
@@ -249,9 +260,10 @@ def adapt(
         spec: what to graft; None means `AdapterSpec("dora_c")`.
         labels: numbers or names; none means all of the cohort.
         shots: patients to draw, of those that did not train the base where there are enough; or the ids of the cases
-            to take; None means all.
-        preparation: of the scans, whole or only the fields that differ from the base's.
-        settings: of the training; None means the defaults, changed as `ADAPTING` says.
+            to take; None means all, of which those that trained the base with labels are left out.
+        preparation: of the scans, whole or only the fields that differ from the base's; `intensity` may be
+            given by the channel (see `by_channel`).
+        settings: of the training; None means those of `adapting_settings`.
         patient_pattern: regular expression whose first group, searched in a case's id, is the patient.
         resume: go on after the last finished epoch, exactly.
         overwrite: replace an adapter that is there.
@@ -263,7 +275,7 @@ def adapt(
     Raises:
         SegraftError: bad input of any kind; nothing is written then.
     """
-    settings, spec = settings or TrainingSettings(**ADAPTING), spec or AdapterSpec("dora_c")
+    settings, spec = settings or adapting_settings(), spec or AdapterSpec("dora_c")
     source = base if isinstance(base, BaseSource) else BaseSource(base)
     check_device(settings.device)
     check_precision(settings.device, settings.precision)
@@ -280,7 +292,9 @@ def adapt(
     adapters.graft(net, spec, seed=settings.seed)
     loaded.require_training(tuple(asked.values()))
     regions(net, settings.recompute)  # a wrong name is told before scans are read
-    chosen = choose(cohort, shots, seed=settings.seed, avoid=loaded.served, purpose="to adapt to", console=console)
+    # Scans whose labels nobody has read yet train as well as others: only a draw prefers those that are new.
+    avoid = None if shots is None and loaded.served.unlabelled else loaded.served
+    chosen = choose(cohort, shots, seed=settings.seed, avoid=avoid, purpose="to adapt to", console=console)
     given = training_set(
         cohort,
         chosen.cases,

@@ -12,7 +12,14 @@ from segraft.data.case import images_of
 from segraft.data.cohort import Case, Cohort
 from segraft.data.splits import draw
 from segraft.errors import SegraftError
+from segraft.jobs.locating import holds_base
 from segraft.jobs.watching import watched
+from segraft.networks import read_base
+from segraft.networks.checkpoints import weights_file
+from segraft.networks.encoder_files import holds_encoder
+
+UNLABELLED = "unlabelled"
+"""The key of a record that says that its cases served without their labels."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +38,37 @@ class Served:
         digests: of the images, by case id.
         dataset: name of the cohort they are of.
         patient_pattern: that the cohort's patients were told by.
+        unlabelled: they served without their labels, in masked pre-training.
     """
 
     digests: Mapping[str, str] = field(default_factory=dict)
     dataset: str | None = None
     patient_pattern: str | None = None
+    unlabelled: bool = False
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:
         """What the record of an adapter or a base says."""
-        return cls(record.get("cases", {}), record.get("dataset"), record.get("patient_pattern"))
+        known = record.get("cases", {}), record.get("dataset"), record.get("patient_pattern")
+        return cls(*known, unlabelled=bool(record.get(UNLABELLED)) or holds_encoder(record))
+
+    @classmethod
+    def by_weights(cls, weights: str | Path) -> Self:
+        """The images that trained weights, where they are a file of ours; of others that is not known."""
+        path = weights_file(weights)
+        return cls.of(read_base(path).record) if holds_base(path) else cls()
+
+    def record(self) -> dict[str, Any]:
+        """What the record of a file says that was made of such weights."""
+        found = {"cases": dict(self.digests), "dataset": self.dataset, "patient_pattern": self.patient_pattern}
+        return {**found, **({UNLABELLED: True} if self.unlabelled else {})} if self.digests else {}
+
+    @property
+    def told(self) -> tuple[str, str]:
+        """What they did, for messages, and how."""
+        if self.unlabelled:
+            return "pre-trained the base's encoder", "without labels"
+        return "trained the base", "on its own labels"
 
 
 def read_cohort(data: str | Path, patient_pattern: str | None, *served: Served) -> Cohort:
@@ -96,12 +124,14 @@ def choose(
     """
     among = None if count is None or isinstance(count, int) else count
     excluded = served_cases(cohort, never or Served(), console, among=among)
-    avoided = served_cases(cohort, avoid or Served(), console, among=among)
+    avoid = avoid or Served()
+    avoided = served_cases(cohort, avoid, console, among=among)
+    did, how = avoid.told
     notes = []
     if not (count is None or isinstance(count, int)):
         cases = _by_id(cohort, count, excluded, purpose)
         again = sum(case.id in avoided for case in cases)
-        return Chosen(cases, (_again(again, purpose),) if again else ())
+        return Chosen(cases, (_again(again, purpose, did, how),) if again else ())
     allowed = [case for case in cohort.cases if case.id not in excluded]
     fresh = [case for case in allowed if case.id not in avoided]
     known = [case for case in allowed if case.id in avoided]
@@ -118,15 +148,15 @@ def choose(
         notes.append(f"{len(excluded)} cases of {cohort.name} trained the adapter and are left out.")
     if fresh_patients >= (count or 1):
         if known:
-            notes.append(f"{len(known)} cases of {cohort.name} trained the base and are left out.")
+            notes.append(f"{len(known)} cases of {cohort.name} {did} and are left out.")
         return Chosen(tuple(fresh) if count is None else draw(fresh, count, seed=seed), tuple(notes))
     more = tuple(known) if count is None else draw(known, count - fresh_patients, seed=seed)
-    return Chosen((*fresh, *more), (*notes, _again(len(more), purpose)))
+    return Chosen((*fresh, *more), (*notes, _again(len(more), purpose, did, how)))
 
 
-def _again(count: int, purpose: str) -> str:
+def _again(count: int, purpose: str, did: str, how: str) -> str:
     return (
-        f"{count} of the cases {purpose} also trained the base (on its own labels), as there are not enough others; to "
+        f"{count} of the cases {purpose} also {did} ({how}), as there are not enough others; to "
         "keep cases apart, pre-train with --cases."
     )
 

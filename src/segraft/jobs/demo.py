@@ -133,7 +133,7 @@ def demo(
     for row in rows:
         for case in watched("testing", bars)(tests):
             found = row.model.segment(case, device=device, precision=precision)
-            row.results.extend(measure(case, found, row.model.labels))
+            row.results.extend(measure(case, found, row.model.labels).labels)
             masks[case.id][row.name] = found.mask
         save_results(row.results, out / row.name.replace(" ", "_"), record={"note": STAND_IN})
     predict(out / "dora_c", [case.image for case in tests], out / "masks", device=device, precision=precision)

@@ -10,9 +10,11 @@ from rich.console import Console
 from segraft.data.checks import check_cases, load_case
 from segraft.data.cohort import Case, Cohort
 from segraft.data.labels import Labels
+from segraft.data.nifti import same_grid
 from segraft.data.scan_preparation import ScanPreparation
 from segraft.errors import SegraftError
-from segraft.evaluation.results import CaseResult, evaluate_planes, save_results
+from segraft.evaluation.metrics import spacing_of, volume_ml
+from segraft.evaluation.results import CaseResult, CaseVolumes, evaluate_planes, save_results
 from segraft.exchange.opening import scheme_of
 from segraft.jobs.cases import choose, read_cohort
 from segraft.jobs.model import Model, Segmentation, load_model
@@ -92,8 +94,11 @@ def evaluate(
     complete = not takes_missing_channels(model.net)
     check_cases(chosen.cases, cohort, asked, each_present=False, complete=complete, watch=checking)
     results: list[CaseResult] = []
+    together: list[CaseVolumes] = []
     for case in watched("evaluating", console)(chosen.cases):
-        results += measure(case, model.segment(case, device=device, precision=precision), asked)
+        measured = measure(case, model.segment(case, device=device, precision=precision), asked)
+        results += measured.labels
+        together += measured.together
     record = {
         "model": str(model.source.name),
         "dataset": cohort.name,
@@ -101,7 +106,8 @@ def evaluate(
         "notes": [*notes, *chosen.notes],
         "versions": versions(),
     }
-    csv, json = save_results(results, Path(out) if out is not None else model.source.parent, record=record)
+    folder = Path(out) if out is not None else model.source.parent
+    csv, json = save_results(results, folder, together=together, record=record)
     return Evaluated(results, csv, json, (*notes, *chosen.notes))
 
 
@@ -158,8 +164,32 @@ def _by_name(model: Model, asked: Labels) -> Model:
     return model.pick(asked, [places[same_name(name)] for name in asked.values()])
 
 
-def measure(case: Case, found: Segmentation, labels: Labels) -> list[CaseResult]:
-    """Hold what was found in a case against its label, of which only `labels` count."""
+@dataclass(frozen=True)
+class Measured:
+    """How a case was segmented.
+
+    Attributes:
+        labels: each by itself, in their order.
+        together: the volumes of all of them, where they may overlap; none where those of the labels add up to that.
+    """
+
+    labels: list[CaseResult]
+    together: tuple[CaseVolumes, ...] = ()
+
+
+def measure(case: Case, found: Segmentation, labels: Labels) -> Measured:
+    """Hold what was found in a case against its label, of which only `labels` count.
+
+    Raises:
+        SegraftError: what was found is on another grid than the label.
+    """
     scan, label = load_case(case, labels)
-    truth = np.asanyarray(label.dataobj)
-    return evaluate_planes(case.id, found.plane, lambda value: labels.plane(truth, value), labels, scan.first.affine)
+    if not same_grid(found.scan.grid, label):
+        raise SegraftError(f"the case {case.id} was segmented on another grid than its label's: segment its own scan.")
+    truth, affine = np.asanyarray(label.dataobj), scan.first.affine
+    results = evaluate_planes(case.id, found.plane, lambda value: labels.plane(truth, value), labels, affine)
+    if not labels.regions:
+        return Measured(results)
+    ours, theirs = found.mask != 0, np.isin(truth, labels.values_covered)
+    spacing = spacing_of(affine)
+    return Measured(results, (CaseVolumes(case.id, volume_ml(ours, spacing), volume_ml(theirs, spacing)),))

@@ -9,6 +9,8 @@ from torch import nn
 
 from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
+from segraft.jobs.cases import Served
+from segraft.jobs.intensities import by_channel
 from segraft.jobs.model import build_from_start, named_as_loaded
 from segraft.jobs.preparing import check_network, checked
 from segraft.jobs.run_folder import RunFolder, versions
@@ -72,9 +74,10 @@ def import_base(
             written then.
     """
     weights = Path(weights)
+    arguments = {"in_channels": 1, "out_channels": 1, **(network_arguments or {})}
+    preparation = by_channel(preparation, None, ("",) * arguments["in_channels"], f"the network {network}")
     settled = preparation if isinstance(preparation, Preparation) else checked(preparation) if preparation else None
     folder = RunFolder(Path(out), FILE_NAME, resume=False, overwrite=overwrite)
-    arguments = {"in_channels": 1, "out_channels": 1, **(network_arguments or {})}
     found = contents(build_from_start(network, arguments), weights)
     given = known_labels(labels) or (() if found.outputs else tuple(without_head))
     file_names, wanted = _names(found, given, weights)
@@ -88,6 +91,7 @@ def import_base(
         "labels": {str(number): name for number, name in enumerate(wanted, start=1)},
         "imported": {"weights": weights.name, "layout": loaded.layout, "tensors": loaded.tensors},
         "versions": versions(),
+        **Served.by_weights(weights).record(),
     }
     if settled is not None:
         check_network(net, settled.patch, len(wanted), arguments["in_channels"])

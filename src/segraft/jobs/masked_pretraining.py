@@ -15,6 +15,7 @@ from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
 from segraft.evaluation.mae_figure import Shown, reconstruction_figure
 from segraft.jobs.cases import choose
+from segraft.jobs.intensities import by_channel
 from segraft.jobs.model import build_from
 from segraft.jobs.preparing import settle_preparation
 from segraft.jobs.run_folder import RunFolder, versions
@@ -128,6 +129,7 @@ def pretrain_masked(
     folder = RunFolder(Path(out), FILE_NAME, resume=resume, overwrite=overwrite, writes=team.first)
     cohort = read_unlabelled(data, patient_pattern)
     chosen = choose(cohort, cases, seed=settings.seed, purpose="to pre-train on")
+    preparation = by_channel(preparation, None, cohort.channels, str(cohort.path))
     arguments, settled = _sized(network, network_arguments or {}, preparation, chosen.cases)
     torch.manual_seed(settings.seed)
     net = _autoencoder(build_from(network, arguments), network)

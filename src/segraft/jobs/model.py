@@ -34,7 +34,7 @@ from segraft.training.fit import check_device, check_precision
 
 @dataclass(frozen=True)
 class Segmentation:
-    """What a network found in a scan, on the grid of the scan's first channel.
+    """What a network found in a scan, on the grid of the scan's first channel (as it is stored).
 
     Attributes:
         mask: label map [X, Y, Z]; where regions overlap, the one that is painted last.
@@ -121,7 +121,7 @@ class Model:
             device=where,
             precision=precision,
         )
-        on_grid = prepared.to_scan(scores, image.affine.numpy(), scan.first)
+        on_grid = prepared.to_scan(scores, image.affine.numpy(), scan.grid)
         threshold = AVERAGING[prepared.average].threshold
         if not self.labels.regions:
             return Segmentation(label_map(on_grid, tuple(self.labels), threshold).numpy(), scan, {})
@@ -223,7 +223,7 @@ def load_base_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> 
         return with_outputs(net, info, outputs), Served.of(info.record)
     net = build_from_start(described["network"], described["arguments"])
     load_checkpoint(net, where, outputs=outputs)
-    return net.eval(), Served()
+    return net.eval(), Served.by_weights(where)
 
 
 def base_file_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> Path:

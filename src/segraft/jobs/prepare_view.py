@@ -22,6 +22,7 @@ from segraft.data.preparation import Percentiles, Preparation, Window, prepare_s
 from segraft.errors import SegraftError
 from segraft.evaluation.figures import COLOURS, DPI
 from segraft.evaluation.view import displayed_range
+from segraft.jobs.intensities import by_channel
 from segraft.jobs.preparing import checked
 
 _PANEL_IN, _GAP_IN, _EDGE_IN, _TITLE_IN, _HEAD_IN, _BAR_MM = 2.9, 0.12, 0.2, 0.55, 0.55, 50.0
@@ -99,6 +100,7 @@ def show_preparation(
         raise SegraftError(f"{out} cannot be a picture: let its name end in .png.")
     cohort = Cohort.read(data, patient_pattern=patient_pattern)
     chosen = _chosen(cohort, case)
+    preparation = by_channel(preparation, None, cohort.channels, str(cohort.path))
     settled = preparation if isinstance(preparation, Preparation) else checked(dict(preparation or {}))
     asked = cohort.select_labels(labels)
     scan, label = load_case(chosen, asked)

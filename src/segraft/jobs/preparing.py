@@ -151,16 +151,16 @@ def require_same_channels(takes: int, channels: Sequence[str], who: str, whose: 
 
 
 def require_same_order(known: Sequence[str], channels: Sequence[str], who: str, whose: str) -> None:
-    """Refuse channels that are those that a network was trained on, in another order.
+    """Refuse channels of which one that the network was trained on stands in another's place.
 
     Raises:
         SegraftError: naming both.
     """
     theirs, ours = [plain(name) for name in known], [plain(name) for name in channels]
-    if theirs != ours and sorted(theirs) == sorted(ours):
+    if any(name in ours and ours.index(name) != place for place, name in enumerate(theirs) if name):
         raise SegraftError(
             f"{who} was trained on the channels {', '.join(known)}, which {whose} has in the order "
-            f"{', '.join(channels)}: list them in the first order there."
+            f"{', '.join(channels)}: list those that are the same in the same places there."
         )
 
 

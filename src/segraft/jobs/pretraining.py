@@ -64,8 +64,8 @@ def pretrain(
             weights, as does what such weights do not hold.
         labels: numbers or names; none means all of the cohort.
         cases: patients to draw, or the ids of the cases to take; None means all.
-        preparation: of the scans, whole or only the fields that differ from the defaults; the patch size is chosen
-            from the data where it is not given.
+        preparation: of the scans, whole or only the fields that differ from the defaults, `intensity` perhaps by the
+            channel (see `by_channel`); the patch size is chosen from the data where it is not given.
         settings: of the training.
         patient_pattern: regular expression whose first group, searched in a case's id, is the patient.
         resume: go on after the last finished epoch, exactly.

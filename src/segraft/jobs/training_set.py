@@ -12,6 +12,7 @@ from segraft.data.cohort import Case, Cohort
 from segraft.data.labels import Labels
 from segraft.data.patches import PatchSource
 from segraft.data.scan_preparation import ScanPreparation
+from segraft.jobs.intensities import by_channel
 from segraft.jobs.model import task_record
 from segraft.jobs.preparing import check_network, settle_preparation, takes_missing_channels
 from segraft.jobs.watching import watched
@@ -59,6 +60,7 @@ def training_set(
     """
     complete = not takes_missing_channels(net)
     check_cases(cases, cohort, labels, complete=complete, watch=watched("checking scans", console))
+    preparation = by_channel(preparation, inherited, cohort.channels, str(cohort.path))
     settled = settle_preparation(preparation, inherited, net, cases)
     if not settings.flip:
         settled = settled.without_mirroring()

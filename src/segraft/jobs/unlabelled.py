@@ -1,6 +1,5 @@
 """Which scans a training without labels is given."""
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,8 +8,9 @@ from pydantic import AliasChoices, BaseModel, Field, StringConstraints, Validati
 
 from segraft.data.channel_files import Given, files_of, names_of, scan_name
 from segraft.data.cohort import Case, Cohort
-from segraft.data.dataset_json import LISTING
+from segraft.data.dataset_json import LISTING, load_json
 from segraft.data.listed import identities, inside, patients_by
+from segraft.data.nnunet_raw import raw_training
 from segraft.errors import SegraftError
 
 _Text = Annotated[str, StringConstraints(min_length=1)]
@@ -21,7 +21,7 @@ def read_unlabelled(path: str | Path, patient_pattern: str | None = None) -> Coh
 
     Of a `.json` list (or the `dataset.json` of a folder) those under "training" and "unlabelled" are taken, each an
     entry with an "image" or that image's file alone; "labels" may be left out. Those under "test" are not: they are to
-    be tested on. Other layouts are read as for any training.
+    be tested on. Of nnU-Net v2's raw data sets all training cases are. Other layouts are read as for any training.
 
     Args:
         path: as of `Cohort.read`.
@@ -34,7 +34,9 @@ def read_unlabelled(path: str | Path, patient_pattern: str | None = None) -> Coh
     file = file / LISTING if (file / LISTING).is_file() else file
     if file.suffix != ".json" or file.is_dir():
         return Cohort.read(path, patient_pattern=patient_pattern)
-    listing = _parsed(file)
+    content = load_json(file, what="a list of scans (.json)")
+    raw = raw_training(content, file)
+    listing = _validated(content if raw is None else {**content, "training": list(raw.values())}, file)
     entries = listing.entries
     if not entries:
         raise SegraftError(f'{file} lists no scans under "training" or "unlabelled": add at least one.')
@@ -44,7 +46,8 @@ def read_unlabelled(path: str | Path, patient_pattern: str | None = None) -> Coh
         for place, entry in enumerate(entries)
     ]
     firsts = [next((name for name in names if name is not None), "") for names in files]
-    ids = identities(firsts, [scan_name(names, channels) for names in files])
+    known = list(raw or ())  # the first of them
+    ids = [*known, *identities(firsts, [scan_name(names, channels) for names in files])[len(known) :]]
     patient = patients_by(patient_pattern, file, cure='correct the pattern, or give that entry a "patient"')
     cases = tuple(
         Case(
@@ -88,13 +91,7 @@ def _inside(path: Path, name: str) -> Path:
     return inside(path.parent, name, who=str(path), leaves="its folder", cure="move the file beside the list")
 
 
-def _parsed(path: Path) -> _Listing:
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise SegraftError(f"{path} cannot be read ({error.strerror}): give a list of scans (.json).") from error
-    except ValueError as error:  # not JSON, or not text at all
-        raise SegraftError(f"{path} is not JSON ({error}): correct the file.") from error
+def _validated(content: Any, path: Path) -> _Listing:
     try:
         return _Listing.model_validate(content)
     except ValidationError as error:

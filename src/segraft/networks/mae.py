@@ -215,13 +215,14 @@ def draw(images: int, patches: int, share: float, generator: torch.Generator | N
         Their numbers [B, V], in order, and [B, T], True for those that are masked.
 
     Raises:
-        SegraftError: no patch would be visible, or the share is negative.
+        SegraftError: no patch would be visible, or, of a share above 0, none masked.
     """
     masked = round(patches * share)
-    if not 0 <= masked < patches:
+    if not 0 <= masked < patches or (share > 0 and not masked):
+        what = "masks none" if share < 0.5 else "leaves none to look at"
         raise SegraftError(
-            f"masking a share of {share:g} of {patches} patches leaves none to look at: choose a share from 0 to below "
-            "1, or a larger image."
+            f"masking a share of {share:g} of {patches} patches {what}: choose another share between 0 and 1, or a "
+            "larger image."
         )
     order = torch.rand(images, patches, generator=generator).argsort(1)
     visible = order[:, masked:].sort(1).values

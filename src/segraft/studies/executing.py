@@ -16,7 +16,7 @@ from segraft.data.labels import Labels
 from segraft.data.levelling import kept_in
 from segraft.data.nifti import write_mask
 from segraft.errors import SegraftError
-from segraft.evaluation.results import CaseResult, save_results
+from segraft.evaluation.results import CaseResult, CaseVolumes, save_results
 from segraft.jobs.adapting import BaseSource, adapt
 from segraft.jobs.cases import Served
 from segraft.jobs.evaluating import measure
@@ -146,7 +146,8 @@ def _adapt(run: Run, folder: Path) -> dict[str, Any]:
             "bytes": bytes_of_tensors(model),
             "training": record["training"],
         }
-    save_results(_test(run, base, folder), folder, record={"run": run.key, "identity": dict(asked)})
+    results, together = _test(run, base, folder)
+    save_results(results, folder, together=together, record={"run": run.key, "identity": dict(asked)})
     return result
 
 
@@ -171,8 +172,8 @@ def load_record(adapter: Path) -> dict[str, Any]:
     return dict(read_header(adapter).record)
 
 
-def _test(run: Run, base: Path, folder: Path) -> list[CaseResult]:
-    """Segment the test cases on their own grids, keep the masks, and measure them."""
+def _test(run: Run, base: Path, folder: Path) -> tuple[list[CaseResult], list[CaseVolumes]]:
+    """Segment the test cases on their own grids, keep the masks, and measure them, each label and all together."""
     cohort = Cohort.read(run.data, patient_pattern=run.patient_pattern)
     cases = {case.id: case for case in cohort.cases}
     labels = cohort.select_labels([value for value, _ in run.identity["labels"]])
@@ -181,11 +182,14 @@ def _test(run: Run, base: Path, folder: Path) -> list[CaseResult]:
     check_cases(tested, cohort, labels, each_present=False, complete=not takes_missing_channels(model.net))
     model = replace(model, labels=labels)
     results: list[CaseResult] = []
+    together: list[CaseVolumes] = []
     for name in run.test:
         found = model.segment(cases[name], device=run.identity["settings"]["device"])
-        results += measure(cases[name], found, labels)
-        write_mask(found.mask, found.scan.first, folder / MASKS / f"{name}.nii.gz")
-    return results
+        measured = measure(cases[name], found, labels)
+        results += measured.labels
+        together += measured.together
+        write_mask(found.mask, found.scan.grid, folder / MASKS / f"{name}.nii.gz")
+    return results, together
 
 
 def _as_it_is(base: Path, run: Run, labels: Labels, cohort: Cohort, cases: Sequence[Case]) -> Model:

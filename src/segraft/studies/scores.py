@@ -1,14 +1,15 @@
 """What the runs of a study found, as one table."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pandas as pd
 
+from segraft.errors import SegraftError
 from segraft.studies.designs import Design, Planned, design_of
 from segraft.studies.planning import Plan
 from segraft.studies.run import FINISHED, Runs, failure_of, is_finished
@@ -28,6 +29,7 @@ class Scores:
         finished: key -> what the run says of itself.
         failures: key -> reason of the last try.
         waiting: keys of runs that were not done, or are being done.
+        together: (key, case) -> predicted and annotated volume in mL of all labels, where they may overlap.
     """
 
     plan: Plan
@@ -35,6 +37,7 @@ class Scores:
     finished: Mapping[str, Mapping[str, Any]]
     failures: Mapping[str, str]
     waiting: tuple[str, ...]
+    together: Mapping[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
 
     @property
     def of_bases(self) -> list[str]:
@@ -81,7 +84,10 @@ class Scores:
 
     def volumes_ml(self, arm: str, level: int | None = None) -> dict[str, tuple[float, float]]:
         """Patient -> predicted and annotated volume in mL, all labels together: mean over scans, then over seeds."""
-        rows = self.outer(arm, level).groupby(["patient", "seed", "case"], sort=True)[["volume_ml", "truth_ml"]].sum()
+        scans = self.outer(arm, level).groupby(["patient", "seed", "run", "case"], sort=True)
+        rows = scans[["volume_ml", "truth_ml"]].sum()
+        for place in rows.index:
+            rows.loc[place] = self.together.get(place[2:], tuple(rows.loc[place]))
         means = rows.groupby(["patient", "seed"]).mean().groupby("patient").mean()
         return {str(patient): (float(row.iloc[0]), float(row.iloc[1])) for patient, row in means.iterrows()}
 
@@ -141,9 +147,14 @@ def counted(lacking: int) -> str:
 
 
 def collect(plan: Plan, runs: Runs) -> Scores:
-    """Read what is there of all runs."""
+    """Read what is there of all runs.
+
+    Raises:
+        SegraftError: the result of a run is of an earlier version that measured otherwise.
+    """
     rows: list[dict[str, Any]] = []
     finished, failures, waiting = {}, {}, []
+    together: dict[tuple[str, str], tuple[float, float]] = {}
     for planned in plan.runs:
         folder = runs.folder(planned.key)
         if not is_finished(folder):
@@ -155,15 +166,32 @@ def collect(plan: Plan, runs: Runs) -> Scores:
             continue
         finished[planned.key] = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
         if planned.base is not None:
-            rows += _rows(plan, planned, folder)
+            found = _evaluation(folder)
+            rows += _rows(plan, planned, found["cases"])
+            together |= {(planned.key, c["case"]): (c["volume_ml"], c["truth_ml"]) for c in found.get("together", ())}
     columns = [*FIRST, *design_of(plan.study).columns, "case", "patient", "label", *METRICS]
-    return Scores(plan, pd.DataFrame(rows, columns=columns), finished, failures, tuple(waiting))
+    return Scores(plan, pd.DataFrame(rows, columns=columns), finished, failures, tuple(waiting), together)
 
 
-def _rows(plan: Plan, planned: Planned, folder: Path) -> list[dict[str, Any]]:
+def _evaluation(folder: Path) -> dict[str, Any]:
+    """What `save_results` wrote of a run.
+
+    Raises:
+        SegraftError: its labels are regions, and it was done when their volumes were added up.
+    """
+    found: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    if "together" not in found and found.get("record", {}).get("identity", {}).get("regions"):
+        raise SegraftError(
+            f"{folder} does not say what its regions, which may overlap, measure together, as an earlier version did "
+            "it: remove that folder and run the study again."
+        )
+    return found
+
+
+def _rows(plan: Plan, planned: Planned, cases: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     arm, design = plan.arms[planned.arm], design_of(plan.study)
     rows = []
-    for case in json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["cases"]:
+    for case in cases:
         patient = plan.patients[case["case"]]
         rows.append(
             {

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from segraft.adapters.routing import Resumed
 from segraft.adapters.selection import Place, modules_by_name
 from segraft.errors import SegraftError
 
@@ -37,8 +38,10 @@ class _Region:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         options: dict[str, Any] = {}
-        if any(True for _ in _buffers(self.module)):  # given only where it is needed: torch.compile refuses it
-            options["context_fn"] = partial(_buffer_contexts, self.module)
+        resumed = Resumed()
+        if resumed.route is not None or any(True for _ in _buffers(self.module)):
+            # given only where it is needed: torch.compile refuses it
+            options["context_fn"] = partial(_contexts, self.module, resumed)
         return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False, preserve_rng_state=True, **options)
 
     def remove(self) -> None:
@@ -135,7 +138,7 @@ def _buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 
 class _Rewound(AbstractContextManager[None]):
-    """Within the `with` block, a module has copies of the buffers that it had when this was made.
+    """Within the `with` block, a module has copies of the buffers that it had when this was made, and its channels.
 
     For a recomputation, which must not count as a second forward pass. That may write to buffers (batch norms: running
     statistics) or even compute with what it wrote (spectral norms): so the recomputation is given the buffers as the
@@ -143,7 +146,8 @@ class _Rewound(AbstractContextManager[None]):
     keeps the statistics too, and a recomputation must keep the same tensors as the forward pass did.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, resumed: Resumed) -> None:
+        self.resumed = resumed
         self.found = [(owner, name, value.detach().clone()) for owner, name, value in _buffers(module)]
         self.present: list[tuple[nn.Module, str, Tensor | None]] = []
 
@@ -151,13 +155,15 @@ class _Rewound(AbstractContextManager[None]):
         self.present = [(owner, name, owner._buffers[name]) for owner, name, _ in self.found]  # noqa: SLF001
         for owner, name, value in self.found:
             owner._buffers[name] = value.clone()  # noqa: SLF001  a graph that is kept may be run through again
+        self.resumed.__enter__()
 
     def __exit__(self, *_error: object) -> None:
+        self.resumed.__exit__()
         for owner, name, value in self.present:
             owner._buffers[name] = value  # noqa: SLF001
         self.present = []
 
 
-def _buffer_contexts(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def _contexts(module: nn.Module, resumed: Resumed) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts of the forward pass, before which this is called, and of its recomputation."""
-    return nullcontext(), _Rewound(module)
+    return nullcontext(), _Rewound(module, resumed)
