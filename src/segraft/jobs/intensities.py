@@ -1,23 +1,25 @@
 """Intensity settings that are said by the channel, once it is known which channels there are."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from segraft.data.channels import plain
 from segraft.data.preparation import Preparation
 from segraft.data.scan_preparation import ScanPreparation
 from segraft.errors import SegraftError
 
+_Given = TypeVar("_Given", bound=ScanPreparation)
+
 OTHERS = "*"
 """In place of a channel: those that are not named."""
 
 
 def by_channel(
-    given: ScanPreparation | Mapping[str, Any] | None,
+    given: _Given | Mapping[str, Any] | None,
     inherited: ScanPreparation | None,
     channels: Sequence[str],
     whose: str,
-) -> ScanPreparation | Mapping[str, Any] | None:
+) -> _Given | Mapping[str, Any] | None:
     """The same fields of a preparation, with one intensity setting per channel where they are said by the channel.
 
     Args:
