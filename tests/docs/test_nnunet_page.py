@@ -36,8 +36,8 @@ def test_the_page(nnunet_folder, tmp_path, monkeypatch):
         else:
             script = Path(sys.executable).with_name(program)
             quick = ["-device", "cpu", "-npp", "1", "-nps", "1"]
-            # It takes all cores; threads that wait by spinning would hold up those of other tests.
-            environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+            # On one core: it takes all, and threads that wait by spinning would hold up those of other tests.
+            environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "nnUNet_def_n_proc": "1"}
             done = subprocess.run([script, *arguments, *quick], capture_output=True, text=True, env=environment)
             assert done.returncode == 0, (command, done.stderr)
     assert programs == {"segraft", "nnUNetv2_predict_from_modelfolder"}

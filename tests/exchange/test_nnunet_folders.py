@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from segraft.data.channels import load_channels
 from segraft.errors import SegraftError
 from segraft.exchange.nnunet import labels_of, open_nnunet
 from segraft.exchange.opening import open_base
+from segraft.inference import sliding_scores
 from segraft.jobs import adapt
+from segraft.jobs.adapting import BaseSource
 from segraft.networks import build
 
 
@@ -146,6 +150,37 @@ def test_only_patch_and_overlap_may_be_chosen(made, tmp_path):
     with pytest.raises(SegraftError, match="spacing cannot be chosen, as another tool prepared the scans"):
         adapt(made.base, _listed(made, tmp_path), tmp_path / "run", preparation={"spacing": (1, 1, 1)})
     assert not (tmp_path / "run").exists()
+
+
+@SYNTHETIC
+def test_a_package_that_is_not_there_is_told(made, monkeypatch):
+    opened = open_base(made.base)
+    arguments = {key: value for key, value in opened.arguments.items() if key != "in_channels"}
+    (files, *_) = made.scans()
+    scan = load_channels([files[0]], who="the scan")
+    for module, run in {
+        "nnunetv2.utilities.plans_handling.plans_handler": lambda: open_base(made.base),
+        "nnunetv2.preprocessing.cropping.cropping": lambda: opened.preparation.prepare(scan),
+        "nnunetv2.inference.sliding_window_prediction": lambda: sliding_scores(
+            torch.nn.Identity(), torch.zeros(1, 4, 4, 4), (4, 4, 4), windows="even"
+        ),
+    }.items():
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(SegraftError, match=r"package .*is not there .*pip install 'segraft\[nnunet\]'"):
+            run()
+    for name in [name for name in sys.modules if name.startswith("dynamic_network_architectures")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "dynamic_network_architectures", None)
+    with pytest.raises(
+        SegraftError, match=r"need the package dynamic_network_architectures: pip install 'segraft\[nnunet\]'"
+    ):
+        build("nnunet", in_channels=1, out_channels=1, arguments=arguments)
+
+
+@SYNTHETIC
+def test_weights_beside_a_folder_are_refused(made, tmp_path):
+    with pytest.raises(SegraftError, match="has its own weights: leave --weights out"):
+        adapt(BaseSource(made.base, "weights.pt"), _listed(made, tmp_path), tmp_path / "run")
 
 
 @pytest.mark.parametrize("made", ["Brains 2d"], indirect=True)

@@ -95,7 +95,9 @@ class BaseSource:
             SegraftError: it does not exist, does not fit, takes other channels, or its outputs cannot be exchanged.
         """
         asked = tuple(labels.values())
-        if self.weights is None and scheme_of(self.base):
+        if scheme_of(self.base):
+            if self.weights is not None:
+                raise SegraftError(f"the base {self.base} has its own weights: leave --weights out.")
             return self._of_another_tool(asked, cohort)
         require_no_fold(self.fold, self.base)
         if self.weights is None:

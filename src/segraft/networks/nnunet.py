@@ -1,6 +1,7 @@
 """Networks of nnU-Net v2, built as its plans say by the package dynamic-network-architectures."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -32,8 +33,12 @@ def nnunet(
         classes: further arguments that are classes of layers, by their dotted paths.
 
     Raises:
-        SegraftError: a class that is not one of a network or layer of torch or of that package.
+        SegraftError: a class that is not one of a network or layer of torch or of that package; or it is not there.
     """
+    try:
+        import_module(PACKAGE)
+    except ImportError as error:
+        raise SegraftError(f"networks of nnU-Net need the package {PACKAGE}: pip install 'segraft[nnunet]'.") from error
     layers = {name: None if path is None else _class(path, "torch.nn") for name, path in (classes or {}).items()}
     build: Any = _class(architecture)
     net: nn.Module = build(
@@ -55,13 +60,8 @@ def _class(path: str, *packages: str) -> type[nn.Module]:
         raise SegraftError(f"plans name the class {path!r}, and only those of torch.nn and {PACKAGE} are built.")
     found = None
     for place in dict.fromkeys((module, _UNETS)):  # where networks went that older plans have elsewhere
-        try:
+        with suppress(ModuleNotFoundError):
             found = found or getattr(import_module(place), name, None)
-        except ModuleNotFoundError as error:
-            if error.name == PACKAGE:
-                raise SegraftError(
-                    f"networks of nnU-Net need the package {PACKAGE}: pip install 'segraft[nnunet]'."
-                ) from error
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise SegraftError(f"plans name {path!r}, which is no class of a network or layer: is {PACKAGE} up to date?")
     return found
