@@ -183,8 +183,8 @@ def test_a_missing_channel_is_missing_in_every_patch(patch):
 
 def test_of_logits_the_larger_counts_where_both_probabilities_are_one():
     logits = torch.tensor([[30.0], [40.0]])[:, :, None, None]
-    assert label_map(logits, (1, 2), AVERAGING["logit"].threshold).item() == 2
-    assert label_map(-logits, (1, 2), AVERAGING["logit"].threshold).item() == 0
+    assert label_map(logits, (1, 2), AVERAGING["bare logit"].threshold).item() == 2
+    assert label_map(-logits, (1, 2), AVERAGING["bare logit"].threshold).item() == 0
 
 
 class Sided(nn.Module):

@@ -19,19 +19,25 @@ class Averaging:
     """What is averaged over overlapping patches.
 
     Attributes:
-        score: of logits.
-        threshold: the least average score of what is a label.
-        outside: the score of what no patch sees.
+        averaged: of logits.
+        made: of the average.
+        threshold: the least of that that is a label.
     """
 
-    score: Callable[[Tensor], Tensor]
+    averaged: Callable[[Tensor], Tensor]
+    made: Callable[[Tensor], Tensor]
     threshold: float
-    outside: float
+
+
+def _same(scores: Tensor) -> Tensor:
+    return scores
 
 
 AVERAGING: dict[str, Averaging] = {
-    "probability": Averaging(torch.sigmoid, 0.5, 0.0),
-    "logit": Averaging(lambda logits: logits, 0.0, -torch.inf),
+    "probability": Averaging(torch.sigmoid, _same, 0.5),
+    "logit": Averaging(_same, torch.sigmoid, 0.5),
+    # to the end, as two probabilities may both be 1 where one logit is larger
+    "bare logit": Averaging(_same, _same, 0.0),
 }
 """To average something else, add one entry."""
 
@@ -44,13 +50,14 @@ def sliding_scores(
     *,
     overlap: float = 0.5,
     average: str = "probability",
+    weights: str = "gaussian",
     windows: str = "dense",
     mirror: Sequence[int] = (),
     batch: int = 4,
     device: str | torch.device = "cpu",
     precision: str = "32",
 ) -> Tensor:
-    """Label probabilities (or logits) of a prepared scan, averaged over overlapping patches with Gaussian weights.
+    """Label probabilities (or logits) of a prepared scan, averaged over overlapping patches.
 
     Args:
         net: in evaluation mode, maps [B, C, X, Y(, Z)] to logits [B, L, X, Y(, Z)].
@@ -58,6 +65,7 @@ def sliding_scores(
         patch: voxels along X, Y, Z; with 1 in Z the network is two-dimensional and is given single slices.
         overlap: of neighbouring patches along each axis, in [0, 1).
         average: what is averaged, a key of `AVERAGING`.
+        weights: of patches there, `gaussian` or `constant`.
         windows: where patches lie, a key of `WINDOWS`.
         mirror: axes of the patch; its scores are averaged over all ways of mirroring it along them.
         batch: patches at once.
@@ -83,7 +91,7 @@ def sliding_scores(
             window[:, missing.to(window.device)] = torch.nan
         with torch.autocast(where.type, dtype=autocast, enabled=autocast is not None):
             logits: Tensor = net(window)
-        return AVERAGING[average].score(logits.float())
+        return AVERAGING[average].averaged(logits.float())
 
     def mirrored(window: Tensor) -> Tensor:
         total = scores(window)
@@ -93,9 +101,10 @@ def sliding_scores(
         return total / (len(ways) + 1)
 
     size = tuple(patch[:2] if flat else patch)
-    result = WINDOWS[windows](batched, size, batch, mirrored if mirror else scores, overlap, where)
+    result = WINDOWS[windows](batched, size, batch, mirrored if mirror else scores, overlap, weights, where)
     if not torch.isfinite(result).all():
         raise SegraftError("the network's output is not finite on this scan: use precision 32, or look at the scan.")
+    result = AVERAGING[average].made(result)
     return result.permute(1, 2, 3, 0) if flat else result[0]
 
 
@@ -107,7 +116,13 @@ Scores = Callable[[Tensor], Tensor]
 
 
 def _dense(
-    image: Tensor, patch: tuple[int, ...], batch: int, scores: Scores, overlap: float, device: torch.device
+    image: Tensor,
+    patch: tuple[int, ...],
+    batch: int,
+    scores: Scores,
+    overlap: float,
+    weights: str,
+    device: torch.device,
 ) -> Tensor:
     """MONAI's: a fixed step from the first voxel; what would stand out is moved back inside."""
     result = sliding_window_inference(
@@ -116,7 +131,7 @@ def _dense(
         batch,
         scores,
         overlap=overlap,
-        mode="gaussian",
+        mode=weights,
         sw_device=device,
         device=torch.device("cpu"),
     )
@@ -125,7 +140,13 @@ def _dense(
 
 
 def _even(
-    image: Tensor, patch: tuple[int, ...], batch: int, scores: Scores, overlap: float, device: torch.device
+    image: Tensor,
+    patch: tuple[int, ...],
+    batch: int,
+    scores: Scores,
+    overlap: float,
+    weights: str,
+    device: torch.device,
 ) -> Tensor:
     """nnU-Net's: as few as the overlap allows, spread evenly, with its weights (Isensee et al. 2021)."""
     try:
@@ -138,16 +159,20 @@ def _even(
     gaps = [max(0, window - size) for window, size in zip(patch, sizes, strict=True)]
     padded = nn.functional.pad(image, [side for gap in reversed(gaps) for side in (gap // 2, gap - gap // 2)])
     steps = theirs.compute_steps_for_sliding_window(tuple(padded.shape[2:]), patch, 1 - overlap)
-    weight = theirs.compute_gaussian(patch, value_scaling_factor=10, dtype=torch.float16, device=torch.device("cpu"))
+    weight = (
+        torch.ones(patch)
+        if weights == "constant"
+        else theirs.compute_gaussian(patch, value_scaling_factor=10, dtype=torch.float16, device=torch.device("cpu"))
+    )
     places = [
         (number, (slice(None), *(slice(first, first + size) for first, size in zip(start, patch, strict=True))))
         for number in range(len(padded))
         for start in product(*steps)
     ]
     weight = weight.float()
-    total, weights = torch.empty(0), torch.zeros(padded.shape[2:])
+    total, whole = torch.empty(0), torch.zeros(padded.shape[2:])
     for _, place in places[: len(places) // len(padded)]:
-        weights[place[1:]] += weight
+        whole[place[1:]] += weight
     for first in range(0, len(places), batch):
         some = places[first : first + batch]
         found = scores(torch.stack([padded[number][place] for number, place in some]).to(device)).cpu() * weight
@@ -155,16 +180,16 @@ def _even(
             total = torch.zeros(len(padded), found.shape[1], *padded.shape[2:])
         for (number, place), each in zip(some, found, strict=True):
             total[number][place] += each
-    total /= weights
+    total /= whole
     inside = (slice(gap // 2, gap // 2 + size) for gap, size in zip(gaps, sizes, strict=True))
     return total[(slice(None), slice(None), *inside)]
 
 
-WINDOWS: Mapping[str, Callable[[Tensor, tuple[int, ...], int, Scores, float, torch.device], Tensor]] = {
+WINDOWS: Mapping[str, Callable[[Tensor, tuple[int, ...], int, Scores, float, str, torch.device], Tensor]] = {
     "dense": _dense,
     "even": _even,
 }
-"""Where patches lie: (image [N, C, …], patch, patches at once, scores of patches, overlap, device) -> [N, L, …]."""
+"""Where patches lie: (image [N, C, …], patch, patches at once, their scores, overlap, weights, device) -> [N, L, …]."""
 
 
 def label_map(scores: Tensor, values: Sequence[int], threshold: float = 0.5) -> Tensor:

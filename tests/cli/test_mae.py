@@ -62,7 +62,7 @@ def test_json_has_the_losses(pretrain, tmp_path):
     assert len(result["training"]["losses"]) == 3
     assert result["img_size"] == [16, 16, 16]
     assert result["cases"] == ["u0", "u1", "u2", "u3"]
-    assert set(result["reconstruction"]) == {"scans", "before", "after", "zero"}
+    assert set(result["reconstruction"]) == {"scans", "before", "after", "zero", "place"}
     assert {path.name for path in (tmp_path / "encoder").iterdir()} == {
         "base.safetensors",
         "reconstruction.png",

@@ -13,8 +13,6 @@ from segraft.data.augmentation import (
     AUGMENTATIONS,
     ELASTIC_SMOOTHNESS,
     ELASTIC_STRENGTH,
-    SCALE,
-    SHIFT,
     Augmentation,
     ElasticAugmentation,
     cut,
@@ -219,19 +217,3 @@ def test_none_leaves_patches_as_they_are(case):
 def test_an_unknown_augmentation(case):
     with pytest.raises(SegraftError, match="unknown augmentation 'wild': choose one of none, standard, elastic"):
         source(case, "wild")
-
-
-def test_intensities_about_zero_are_varied_within_their_own_range():
-    rng = np.random.default_rng(0)
-    for seed in range(20):
-        patch = rng.normal(size=(6, 6, 6)).astype(np.float32)
-        varied = patch.copy()
-        Augmentation(()).recolour(varied, np.random.default_rng(seed), unit=False)
-        assert np.isfinite(varied).all()
-        assert (np.argsort(varied, axis=None) == np.argsort(patch, axis=None)).all()
-        low, high = SCALE[0] * patch.min(), SCALE[0] * patch.max()
-        assert varied.min() <= low + SHIFT[1]
-        assert varied.max() >= high + SHIFT[0]
-    flat = np.full((3, 3, 3), -2, np.float32)
-    Augmentation(()).recolour(flat, rng, unit=False)
-    assert np.isfinite(flat).all()

@@ -150,6 +150,19 @@ def test_training_lowers_the_error_of_what_is_looked_at(data, tmp_path):
     assert found.after < 0.95 * found.zero < found.before
 
 
+def test_what_is_told_by_place_alone(tmp_path):
+    """Of three scans that are the same nothing is left to tell; of a single one nothing is known."""
+    for number in range(3):
+        scan(tmp_path / "D" / f"s{number}.nii.gz", 7)
+    for count, error in ((3, 0), (1, None)):
+        entries = [{"image": f"s{number}.nii.gz"} for number in range(count)]
+        data = listing(tmp_path / "D", training=entries)
+        out = tmp_path / str(count)
+        made = pretrain_masked(data, out, network="vit_small", network_arguments=SMALL, settings=settings(epochs=1))
+        expected = made.reconstruction.zero if error is None else error
+        assert made.reconstruction.place == pytest.approx(expected, abs=1e-6)
+
+
 def test_labels_make_no_difference(tmp_path):
     """The same scans with and without labels, and with labels that are not there."""
     for number in range(2):

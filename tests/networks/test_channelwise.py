@@ -294,7 +294,8 @@ def like_monai() -> tuple[nn.Module, nn.Module]:
     """MONAI's UNETR, and ours of one channel with the same weights and maps that fuse nothing."""
     arguments = {"img_size": (32, 16, 48), "feature_size": 4, "hidden_size": 24, "mlp_dim": 32, "num_heads": 2}
     theirs = UNETR(in_channels=1, out_channels=2, **arguments)
-    ours = build("unetr_channelwise", in_channels=1, out_channels=2, arguments=arguments | {"taps": (4, 7, 10, 12)})
+    raw = {"taps": (4, 7, 10, 12), "tap_norm": "none"}
+    ours = build("unetr_channelwise", in_channels=1, out_channels=2, arguments=arguments | raw)
     missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
     assert {key.split(".")[0] for key in missing} == {"fusion"}
     assert unexpected == []

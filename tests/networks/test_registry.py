@@ -17,6 +17,13 @@ from segraft.networks.registry import FOREIGN_PARTS, size_multiple, spatial_dims
 SMALL = {
     "monai.networks.nets.segresnet.SegResNet": {"init_filters": 8},
     "monai.networks.nets.basic_unet.BasicUNet": {"features": (4, 4, 8, 8, 8, 4)},
+    "monai.networks.nets.dynunet.DynUNet": {
+        "spatial_dims": 3,
+        "kernel_size": (3, 3, 3),
+        "strides": (1, 2, 2),
+        "upsample_kernel_size": (2, 2),
+        "filters": (4, 8, 8),
+    },
     "monai.networks.nets.swin_unetr.SwinUNETR": {"feature_size": 12},
     "monai.networks.nets.unetr.UNETR": {
         "img_size": (64, 32, 32),

@@ -32,17 +32,20 @@ ENCODER = "encoder"
 """The part that runs on one channel at a time, in networks that take several so."""
 
 
-NAMED: dict[str, dict[str, Mapping[str, Any]]] = {"parts": {}, "projections": {}}
+NAMED: dict[str, dict[str, Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]]] = {"parts": {}, "projections": {}}
 """What classes that do not name their own parts or projections have: attribute -> class, as `module.Class` -> it.
 
-For whoever knows such classes to fill.
+For whoever knows such classes to fill. Where names depend on a network's size, a function that finds them in it.
 """
 
 
 def _named(net: nn.Module, attribute: str) -> Mapping[str, Any]:
     """The network's own attribute, else what its class is known to have."""
     own = getattr(net, attribute, None)
-    return own if isinstance(own, Mapping) else NAMED[attribute].get(f"{type(net).__module__}.{type(net).__name__}", {})
+    if isinstance(own, Mapping):
+        return own
+    known = NAMED[attribute].get(f"{type(net).__module__}.{type(net).__name__}", {})
+    return known if isinstance(known, Mapping) else known(net)
 
 
 def parts_of(net: nn.Module) -> Mapping[str, tuple[str, ...]]:

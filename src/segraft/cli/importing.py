@@ -9,13 +9,20 @@ import typer
 from segraft.cli import options
 from segraft.cli.app import json_object, show_json, show_line, show_notes, split
 from segraft.cli.options import Common, Network, NetworkArguments, OutFolder, takes
+from segraft.errors import SegraftError
 
 
 @takes(preparation=options.preparation, common=options.common)
 def import_(
     *,
-    weights: Annotated[Path, typer.Argument(help="Weights from elsewhere (.safetensors, .pt, .pth).")],
+    weights: Annotated[
+        Path,
+        typer.Argument(help="Weights from elsewhere (.safetensors, .pt, .pth), or a folder of an adapter of PEFT."),
+    ],
     out: OutFolder,
+    base: Annotated[
+        str | None, typer.Option(help="Of an adapter of PEFT: the base it was trained on; --out is then a file.")
+    ] = None,
     network: Network = "swin_unetr",
     network_args: NetworkArguments = None,
     labels: Annotated[
@@ -28,12 +35,20 @@ def import_(
     preparation: dict[str, Any],
     common: Common,
 ) -> None:
-    """Make a base of weights from elsewhere: what was loaded is said, and missing encoder weights are an error.
+    """Make a base of weights from elsewhere, or an adapter file of an adapter of PEFT (with --base).
 
-    With the preparation that they were trained with, the base segments by itself (zero-shot).
+    What was loaded is said, and missing encoder weights are an error. With the preparation that they were trained
+    with, the base segments by itself (zero-shot).
 
     Example: `segraft import foundation.pt --spacing 1.5 1.5 1.5 --window -175 250 --crop-foreground --out base`
     """
+    if (weights / "adapter_config.json").is_file():
+        if network_args:
+            raise SegraftError("--network-args goes with weights; the base of an adapter of PEFT has its own.")
+        _of_peft(weights, out, base, labels=split(labels), preparation=preparation, overwrite=overwrite, common=common)
+        return
+    if base is not None:
+        raise SegraftError(f"--base goes with a folder of PEFT, and {weights} is none: leave it out.")
     from segraft.jobs import import_base
 
     result = import_base(
@@ -52,3 +67,16 @@ def import_(
     shown = list(result.labels.values())
     names = ", ".join(shown[:6]) + (f" and {len(shown) - 6} more" if len(shown) > 6 else "")
     show_line(f"{result.path}: {len(shown)} outputs ({names}), fingerprint {result.fingerprint[:16]}")
+
+
+def _of_peft(folder: Path, out: Path, base: str | None, *, common: options.Common, **given: Any) -> None:
+    from segraft.jobs import import_peft
+
+    if base is None:
+        raise SegraftError(f"{folder} is an adapter of PEFT: name the base that it was trained on, with --base.")
+    result = import_peft(folder, out, base=base, **given)
+    if common.as_json:
+        show_json({"path": result.path, "labels": result.labels, "notes": result.notes})
+        return
+    show_notes(result.notes)
+    show_line(f"{result.path}: {result.parameters.trainable} parameters for {', '.join(result.labels.values())}")

@@ -252,7 +252,8 @@ def preparation(
         typer.Option(
             metavar="CHANNEL=KIND:LOW:HIGH",
             help="The same for one channel, by its name or its place from 0: ADC=window:0:3000 or "
-            "T1=percentiles:0.5:99.5; repeat for others. The rest are as --window or --percentiles say.",
+            "T1=percentiles:0.5:99.5, or T1=z_score; repeat for others, * is all. The rest are as --window or "
+            "--percentiles say.",
             rich_help_panel=SCANS,
         ),
     ] = None,
@@ -290,7 +291,7 @@ def preparation(
     return {name: value for name, value in said.items() if value is not None}
 
 
-_INTENSITIES = {"window": ("low", "high"), "percentiles": ("lower", "upper")}
+_INTENSITIES = {"window": ("low", "high"), "percentiles": ("lower", "upper"), "z_score": ()}
 
 
 def _intensities(texts: list[str], others: dict[str, Any] | None) -> dict[str, Any]:
@@ -299,12 +300,12 @@ def _intensities(texts: list[str], others: dict[str, Any] | None) -> dict[str, A
     for text in texts:
         channel, equals, setting = text.rpartition("=")
         channel, (kind, *ends) = channel.strip(), setting.split(":")
-        names = _INTENSITIES.get(kind.strip(), ())
+        names = _INTENSITIES.get(kind.strip())
         try:
             values = [float(end) for end in ends]
         except ValueError:
             values = []
-        if not (equals and channel and names and len(values) == len(names)):
+        if not (equals and channel and names is not None and len(values) == len(ends) == len(names)):
             raise SegraftError(
                 f'--intensity "{text}" is not CHANNEL=KIND:LOW:HIGH: write it as --intensity ADC=window:0:3000 or '
                 "--intensity T1=percentiles:0.5:99.5."

@@ -157,7 +157,8 @@ def _pretrain_masked(
     )
     show_line(
         f"{result.figure}: squared error over masked patches in the middle of {made.scans} scans {made.after:.3f} "
-        f"(untrained {made.before:.3f}, of predicting each patch's mean {made.zero:.3f})"
+        f"(untrained {made.before:.3f}, of predicting each patch's mean {made.zero:.3f}, of what is at its place in "
+        f"other scans {made.place:.3f})"
     )
 
 

@@ -62,11 +62,15 @@ def predict(
 
     Of several channels: `segraft predict run --channel FLAIR=flair.nii.gz --channel T1=t1.nii.gz -o mask.nii.gz`
     """
+    from segraft.exchange.opening import scheme_of
+    from segraft.jobs import load_model
     from segraft.jobs import predict as job
 
+    opened = load_model(str(model), fold=fold) if scheme_of(model) else None
+    show_notes(opened.notes if opened else ())
     console = progress_console(as_json=common.as_json)
     results = job(
-        model,
+        opened or model,
         scans or (),
         out,
         mask_format=None if mask_format is None else mask_format.value,

@@ -68,21 +68,16 @@ class Augmentation:
             slice(None, None, -1) if chances[axis] and axis in self.flip_axes else slice(None) for axis in range(3)
         )
 
-    def recolour(self, image: NDArray[np.float32], rng: np.random.Generator, *, unit: bool = True) -> None:
-        """Change the intensities of one channel of a patch in place.
-
-        They are in 0…1 or, where they are not of that `unit`, about 0 with a deviation of about 1; the power is then
-        that of their place between the patch's lowest and highest.
+    def recolour(self, image: NDArray[np.float32], rng: np.random.Generator) -> None:
+        """Change the intensities of one channel of a patch in place; below 0, x^g is −|x|^g.
 
         NumPy rather than torch: the last bit of its power does not depend on the number of threads, which
         differs between a loader's workers and the main process.
         """
         gamma = np.float32(np.exp(rng.uniform(*np.log(GAMMA))))
-        if unit:
-            np.power(image, gamma, out=image)
-        else:
-            low, width = image.min(), np.ptp(image)
-            image[:] = np.power((image - low) / (width or np.float32(1)), gamma) * width + low
+        below = image < 0  # nowhere, where intensities are 0…1
+        np.power(np.abs(image, out=image), gamma, out=image)
+        np.negative(image, out=image, where=below)
         image *= np.float32(rng.uniform(*SCALE))
         image += np.float32(rng.uniform(*SHIFT))
 

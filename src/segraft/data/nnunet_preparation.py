@@ -109,7 +109,12 @@ class NNUNetPreparation(_Settings):
     @property
     def average(self) -> str:
         """As nnU-Net does."""
-        return "logit"
+        return "bare logit"
+
+    @property
+    def weights(self) -> str:
+        """As nnU-Net does."""
+        return "gaussian"
 
     @property
     def windows(self) -> str:
@@ -120,11 +125,6 @@ class NNUNetPreparation(_Settings):
     def flip_axes(self) -> tuple[int, ...]:
         """As nnU-Net trained."""
         return self.mirror_axes
-
-    @property
-    def unit_intensities(self) -> bool:
-        """Most schemes give a mean of 0 and a deviation of 1."""
-        return False
 
     def without_mirroring(self) -> Self:
         """For labels that have a side."""

@@ -76,7 +76,6 @@ class PatchSource(Dataset[dict[str, Any]]):
         self.labels = Labels.of(labels)
         self._planes = self.labels.membership().astype(np.float32)
         self._seed = seed
-        self._unit = preparation.unit_intensities
         self._patches = patches_per_volume
         self._fraction = foreground_fraction
         if flip_axes is None:
@@ -125,7 +124,7 @@ class PatchSource(Dataset[dict[str, Any]]):
                 continue
             plane[:] = cut(channel, start, self.patch, warp, order=1)[flip]
             if vary:
-                vary.recolour(plane, rng, unit=self._unit)
+                vary.recolour(plane, rng)
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import CropForeground, Orientation, ScaleIntensityRange, Spacing
+from monai.transforms import CropForeground, NormalizeIntensity, Orientation, ScaleIntensityRange, Spacing
 from monai.transforms.utils_pytorch_numpy_unification import percentile
 from numpy.typing import NDArray
 from pydantic import (
@@ -36,6 +36,8 @@ from segraft.data.scan_preparation import ScanPreparation
 from segraft.errors import SegraftError
 
 _AXES = (("L", "R"), ("P", "A"), ("I", "S"))
+OWN_AXES = "own"
+"""In place of an orientation: each scan's own."""
 
 
 class _Settings(BaseModel):
@@ -70,11 +72,26 @@ class Percentiles(_Settings):
         return self
 
 
-Intensity = Annotated[Window | Percentiles, Field(discriminator="kind")]
+class ZScore(_Settings):
+    """Each volume gets mean 0 and standard deviation 1; nothing is clipped.
+
+    Attributes:
+        nonzero: of what is not 0 alone, which stays as it is: the air around a head whose skull was taken off.
+    """
+
+    kind: Literal["z_score"] = "z_score"
+    nonzero: bool = False
+
+
+Intensity = Annotated[Window | Percentiles | ZScore, Field(discriminator="kind")]
 _Intensities = Annotated[
     Annotated[Intensity, Tag("all")] | Annotated[tuple[Intensity, ...], Tag("each")],
     Discriminator(lambda value: "each" if isinstance(value, list | tuple) else "all"),
 ]
+
+
+_LATER = {"channel_grids": "refuse", "average": "probability", "weights": "gaussian"}
+"""Fields that came later, with their defaults."""
 
 
 class Preparation(_Settings):
@@ -83,14 +100,18 @@ class Preparation(_Settings):
     Attributes:
         head: the scan is a head CT: level it, remove the neck, crop or pad in-plane to `HEAD_SIZE` (`level_head`).
             What is added is air, which moves percentiles: give a window.
-        orientation: where the three axes point, as in NIfTI ("RAS": to the right, to the front, up).
+        orientation: where the three axes point, as in NIfTI ("RAS": to the right, to the front, up); "own" leaves each
+            scan's as they are, and then patches are not mirrored by themselves, as left and right may be anywhere.
         spacing: voxel size in mm along those axes; None keeps each scan's own.
         channel_grids: what to do where channels of a scan lie on another grid than its first: refuse them, or resample
             them to that (linearly; beyond their own edges with their lowest value).
-        intensity: what becomes 0 and what becomes 1, for all channels or one for each. Percentiles are each channel's.
+        intensity: what becomes 0 and what becomes 1 (or mean 0 and standard deviation 1), for all channels or one for
+            each. Percentiles and means are each channel's.
         crop_foreground: crop to the box of what is above 0 after scaling, in any channel.
         patch: voxels along those axes that a network sees at once; a last size of 1 means 2D slices.
         overlap: of neighbouring patches along each axis, as a share of their size, when a whole scan is segmented.
+        average: what is averaged where patches overlap.
+        weights: of patches there: larger towards their centres, or the same throughout.
     """
 
     CHANGEABLE: ClassVar[frozenset[str] | None] = None
@@ -103,22 +124,32 @@ class Preparation(_Settings):
     crop_foreground: bool = False
     patch: tuple[PositiveInt, PositiveInt, PositiveInt] = (96, 96, 96)
     overlap: float = Field(default=0.5, ge=0, lt=1)
+    average: Literal["probability", "logit"] = "probability"
+    weights: Literal["gaussian", "constant"] = "gaussian"
 
     @model_serializer(mode="wrap")
-    def _without_defaults_of_several_channels(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """So that the records of one channel, and trainings to go on with, are those from before there were several."""
+    def _without_later_defaults(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """So that records, and trainings to go on with, are those from before these fields were there."""
         values: dict[str, Any] = values_of(self)
-        return {name: value for name, value in values.items() if (name, value) != ("channel_grids", "refuse")}
+        return {name: value for name, value in values.items() if (name, value) not in _LATER.items()}
 
     @field_validator("orientation")
     @classmethod
     def _each_axis_once(cls, orientation: str) -> str:
+        if orientation == OWN_AXES:
+            return orientation
         axes = sorted(place for code in orientation for place, pair in enumerate(_AXES) if code in pair)
         if len(orientation) != 3 or axes != [0, 1, 2]:
             raise ValueError(f"{orientation!r} must hold one letter each of L/R, P/A and I/S, such as RAS")
         return orientation
 
-    def intensities(self, channels: int) -> tuple[Window | Percentiles, ...]:
+    @model_validator(mode="after")
+    def _head_is_turned(self) -> "Preparation":
+        if self.head and self.orientation == OWN_AXES:
+            raise ValueError("a head is levelled and turned: give an orientation such as RAS")
+        return self
+
+    def intensities(self, channels: int) -> tuple[Window | Percentiles | ZScore, ...]:
         """Of each channel.
 
         Raises:
@@ -134,11 +165,6 @@ class Preparation(_Settings):
         return self.intensity
 
     @property
-    def average(self) -> str:
-        """What is averaged over overlapping patches."""
-        return "probability"
-
-    @property
     def windows(self) -> str:
         """Where these lie."""
         return "dense"
@@ -152,11 +178,6 @@ class Preparation(_Settings):
     def flip_axes(self) -> tuple[int, ...]:
         """Left-right alone, the body's one near symmetry."""
         return tuple(axis for axis, code in enumerate(self.orientation) if code in "LR")
-
-    @property
-    def unit_intensities(self) -> bool:
-        """All are in 0…1."""
-        return True
 
     def without_mirroring(self) -> Self:
         """The same, as patches are not mirrored where scans are segmented."""
@@ -175,7 +196,7 @@ def prepare_image(path: str | Path, preparation: ScanPreparation) -> MetaTensor:
     """Read a scan of one channel (a NIfTI file, or a folder of one DICOM series) and prepare it.
 
     Returns:
-        [1, X, Y, Z] float32 in 0…1; `.affine` ([4, 4] float64) takes its voxels to mm.
+        [1, X, Y, Z] float32, in 0…1 but with `ZScore`; `.affine` ([4, 4] float64) takes its voxels to mm.
 
     Raises:
         SegraftError: what `check_image` or, for heads, `level_head` refuses, or a scan in which the intensity setting
@@ -250,8 +271,8 @@ def prepare_scan(scan: Scan, preparation: ScanPreparation) -> MetaTensor:
     """Prepare a scan in memory.
 
     Returns:
-        [C, X, Y, Z] float32, by `Preparation` in 0…1; NaN throughout in channels that are missing. `.affine` ([4, 4]
-        float64) takes voxels to mm.
+        [C, X, Y, Z] float32, in 0…1 but with `ZScore`; NaN throughout in channels that are missing. `.affine`
+        ([4, 4] float64) takes voxels to mm.
 
     Raises:
         SegraftError: channels on several grids, unless they are to be resampled; a head of several channels; what
@@ -279,15 +300,13 @@ def _prepared(scan: Scan, preparation: Preparation) -> MetaTensor:
     # with its channels from the start: MONAI counts the spatial axes once, here
     stacked = data[0][None] if len(data) == 1 else torch.stack(data)
     image = MetaTensor(stacked, affine=torch.as_tensor(images[0].affine, dtype=torch.float64))
-    image = Orientation(preparation.orientation, labels=_AXES)(image)
+    if preparation.orientation != OWN_AXES:
+        image = Orientation(preparation.orientation, labels=_AXES)(image)
     if preparation.spacing is not None:
         image = Spacing(preparation.spacing, mode="bilinear", padding_mode="border", dtype=torch.float32)(image)
     planes = {place: image[at : at + 1] for at, place in enumerate(together)}
     planes |= {place: _onto(there[place], image) for place in apart}
-    scaled = []
-    for place in there:
-        low, high = _range(planes[place], scan.told(place), intensities[place])
-        scaled.append(ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)(planes[place]))
+    scaled = [_scaled(planes[place], scan.told(place), intensities[place]) for place in there]
     if len(scaled) > 1:
         image = MetaTensor(torch.cat([plane.as_tensor() for plane in scaled]), affine=image.affine)
     else:
@@ -314,6 +333,17 @@ def _onto(channel: nib.Nifti1Image, image: MetaTensor) -> MetaTensor:
     lowest = values.min()  # beyond its own edges there is nothing, which need not be 0
     moved = resample((values - lowest)[None], channel.affine, image.shape[1:], _numpy(image.affine), mode="bilinear")
     return MetaTensor(moved + lowest, affine=image.affine)
+
+
+def _scaled(image: MetaTensor, told: str, intensity: Window | Percentiles | ZScore) -> MetaTensor:
+    if not isinstance(intensity, ZScore):
+        low, high = _range(image, told, intensity)
+        return ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)(image)
+    plain = image.as_tensor()
+    counted = plain[plain != 0] if intensity.nonzero else plain
+    if not counted.numel() or float(counted.min()) == float(counted.max()):
+        raise SegraftError(f"{told} has one value beside 0, so nothing to scale by: choose a window, or percentiles.")
+    return NormalizeIntensity(nonzero=intensity.nonzero)(image.clone())  # which writes into what it is given
 
 
 def _range(image: MetaTensor, told: str, intensity: Window | Percentiles) -> tuple[float, float]:

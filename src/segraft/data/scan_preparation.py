@@ -24,10 +24,10 @@ class ScanPreparation(Protocol):
         patch: voxels along the prepared axes that a network sees at once; a last size of 1 means 2D slices.
         overlap: of neighbouring patches, when a whole scan is segmented.
         average: what is averaged over them, a key of `segraft.inference.AVERAGING`.
+        weights: of patches there, `gaussian` or `constant`.
         windows: where they lie, a key of `segraft.inference.WINDOWS`.
         mirror_axes: along which they are mirrored then.
         flip_axes: along which training mirrors patches.
-        unit_intensities: prepared images lie in 0…1.
     """
 
     CHANGEABLE: ClassVar[frozenset[str] | None]
@@ -48,6 +48,11 @@ class ScanPreparation(Protocol):
         ...
 
     @property
+    def weights(self) -> str:
+        """See above."""
+        ...
+
+    @property
     def windows(self) -> str:
         """See above."""
         ...
@@ -59,11 +64,6 @@ class ScanPreparation(Protocol):
 
     @property
     def flip_axes(self) -> tuple[int, ...]:
-        """See above."""
-        ...
-
-    @property
-    def unit_intensities(self) -> bool:
         """See above."""
         ...
 

@@ -14,6 +14,9 @@ from segraft.data.scan_preparation import ScanPreparation
 from segraft.errors import SegraftError
 
 FORMATS: dict[str, str] = {
+    "peft": "segraft.exchange.peft_export:export_peft",
+    "onnx": "segraft.exchange.onnx_export:export_onnx",
+    "monai-bundle": "segraft.exchange.monai_export:write_bundle",
     "nnunet": "segraft.exchange.nnunet_export:export_nnunet",
 }
 """Format -> `package.module:function`, an `Exporter`. To add a format, add one entry."""

@@ -13,6 +13,7 @@ from segraft.networks.heads import BACKGROUND
 
 SCHEMES: dict[str, str] = {
     "nnunet": "segraft.exchange.nnunet:open_nnunet",
+    "monai": "segraft.exchange.monai_bundle:open_bundle",
 }
 """Tool -> `package.module:function` that opens what it keeps, given the path and a fold (None: its usual one).
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from segraft.jobs.evaluating import evaluate
     from segraft.jobs.exporting import export
     from segraft.jobs.importing import import_base
+    from segraft.jobs.importing_peft import import_peft
     from segraft.jobs.model import Model, load_model
     from segraft.jobs.predicting import predict
     from segraft.jobs.pretraining import pretrain
@@ -21,12 +22,13 @@ _HOMES = {
     "evaluate": "evaluating",
     "export": "exporting",
     "import_base": "importing",
+    "import_peft": "importing_peft",
     "load_model": "model",
     "predict": "predicting",
     "pretrain": "pretraining",
 }
 
-__all__ = ["Model", "adapt", "evaluate", "export", "import_base", "load_model", "predict", "pretrain"]
+__all__ = ["Model", "adapt", "evaluate", "export", "import_base", "import_peft", "load_model", "predict", "pretrain"]
 
 
 def __getattr__(name: str) -> Any:

@@ -308,7 +308,7 @@ def adapt(
         console=console,
     )
     base_record = described | {"fingerprint": adapters.fingerprint(net)}
-    base_record["path"] = _relative(Path(described["path"]), folder.path)
+    base_record["path"] = relative_to(Path(described["path"]), folder.path)
     request = {"base": base_record, "spec": spec.to_dict(), "settings": settings.model_dump(mode="json"), **given.task}
     with folder.training(request):
         training = fit(
@@ -341,7 +341,7 @@ def _saved(net: nn.Module, path: Path, record: Mapping[str, Any]) -> int:
     return path.stat().st_size
 
 
-def _relative(path: Path, folder: Path) -> str:
+def relative_to(path: Path, folder: Path) -> str:
     """`path` as seen from `folder`, so that both can be moved together; absolute where they share no root."""
     path = path / FILE_NAME if path.is_dir() else path
     try:

@@ -1,12 +1,13 @@
 """Pre-training an encoder without labels, as a masked auto-encoder."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from segraft.adapters import parameter_table
 from segraft.atomic import replacing
@@ -46,12 +47,15 @@ class Reconstructed:
         before: the training.
         after: it.
         zero: of predicting 0, which is 1 where no patch is of one value.
+        place: of predicting each patch as it is at its place in the other scans, on average: what can be told without
+            looking at the scan.
     """
 
     scans: int
     before: float
     after: float
     zero: float
+    place: float
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,8 @@ def pretrain_masked(
         "cases": digests,
     }
     asked = settings.model_dump(mode="json")
-    before, zero, _ = _looked_at(net, source, settings)
+    total = _total(net, source)
+    before, zero, place, _ = _looked_at(net, source, settings, total)
     with folder.training({"network": network, "arguments": arguments, "settings": asked, **given}):
         training = fit(
             net,
@@ -164,13 +169,14 @@ def pretrain_masked(
             console=console,
             make_task=MaskedTask,
         )
-        after, _, drawn = _looked_at(net, source, settings)
-        made = Reconstructed(min(len(source), LOOKED_AT), before, after, zero)
+        after, _, _, drawn = _looked_at(net, source, settings, total)
+        made = Reconstructed(min(len(source), LOOKED_AT), before, after, zero, place)
         figure = folder.path / FIGURE
         note = (
             f"Middle slices; {settings.mask:.0%} of the patches of {shown(net.patch_size)} voxels masked, each drawn "
             f"at its true mean and contrast. Mean squared error over {made.scans} scans: {after:.3f} (untrained "
-            f"{before:.3f}, of predicting each patch's mean {zero:.3f})."
+            f"{before:.3f}, of predicting each patch's mean {zero:.3f}, of what is at its place in other scans "
+            f"{place:.3f})."
         )
         record = given | {
             **encoder_record("vit", net.img_size),
@@ -241,21 +247,32 @@ def _sized(
     return {**arguments, "img_size": list(settled.patch)}, settled
 
 
+def _total(net: MaskedAutoencoder, source: ScanSource) -> Tensor:
+    """The targets [1, T, voxels] in the middle of every scan, added up."""
+    total = net.targets(source.middle(0)[None])[0]
+    for index in range(1, len(source)):
+        total += net.targets(source.middle(index)[None])[0]
+    return total
+
+
 def _looked_at(
-    net: MaskedAutoencoder, source: ScanSource, settings: MaskedSettings
-) -> tuple[float, float, tuple[Shown, ...]]:
-    """The loss over the middle of some scans, that of predicting 0, and what to draw; the same masks every time."""
+    net: MaskedAutoencoder, source: ScanSource, settings: MaskedSettings, total: Tensor
+) -> tuple[float, float, float, tuple[Shown, ...]]:
+    """The loss over the middle of some scans, of predicting 0 and each place's mean, and what to draw; same masks."""
     generator = torch.Generator().manual_seed(settings.seed)
-    training, losses, zeros, drawn = net.training, [], [], []
+    training, drawn = net.training, []
+    found: list[tuple[float, float, float]] = []
     net.eval()
     with torch.no_grad():
         for index in range(min(len(source), LOOKED_AT)):
             image = source.middle(index)[None]
             made, targets = net(image, settings.mask, generator), net.targets(image)[0]
-            losses.append(float(reconstruction_losses(made, targets)))
-            zeros.append(float(reconstruction_losses(made.blank(), targets)))
+            others = replace(made, predicted=(total - targets) / max(1, len(source) - 1))
+            losses = [float(reconstruction_losses(each, targets)) for each in (made, made.blank(), others)]
+            found.append((losses[0], losses[1], losses[2]))
             if index < DRAWN:
                 pictures = (image, net.blanked(image, made), net.completed(image, made))
                 drawn.append(Shown(source.case(index), *(each[0, 0].numpy() for each in pictures)))
     net.train(training)
-    return sum(losses) / len(losses), sum(zeros) / len(zeros), tuple(drawn)
+    loss, zero, place = (sum(each) / len(found) for each in zip(*found, strict=True))
+    return loss, zero, place, tuple(drawn)

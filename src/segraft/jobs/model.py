@@ -63,6 +63,7 @@ class Model:
         pretrained_on: images that trained the base.
         source: the file it came from.
         channels: names of the image's channels, in order; of a single one perhaps empty.
+        notes: what the user should know of a network of another tool.
     """
 
     net: nn.Module
@@ -72,6 +73,7 @@ class Model:
     pretrained_on: Served
     source: Path
     channels: tuple[str, ...] = ("",)
+    notes: tuple[str, ...] = ()
 
     def case(self, name: str, files: Files) -> Case:
         """A scan of no cohort: a file per channel in the network's order, None where it is missing, or one 4D file."""
@@ -116,6 +118,7 @@ class Model:
             prepared.patch,
             overlap=prepared.overlap,
             average=prepared.average,
+            weights=prepared.weights,
             windows=prepared.windows,
             mirror=prepared.mirror_axes,
             device=where,
@@ -207,7 +210,7 @@ def _opened(path: str, fold: str | None, preparation: ScanPreparation | None) ->
             f"{path} does not say how its scans are prepared in a way that can be followed: import it with how they "
             "are (segraft import, --spacing, --window, …), or adapt it."
         )
-    return Model(net.eval(), opened.labels, settled, Served(), Served(), opened.weights, opened.channels)
+    return Model(net.eval(), opened.labels, settled, Served(), Served(), opened.weights, opened.channels, opened.notes)
 
 
 def load_base_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> tuple[nn.Module, Served]:

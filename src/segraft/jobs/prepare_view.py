@@ -18,7 +18,7 @@ from segraft.atomic import replacing
 from segraft.data.checks import load_case
 from segraft.data.cohort import Case, Cohort
 from segraft.data.head import Grid, level_head
-from segraft.data.preparation import Percentiles, Preparation, Window, prepare_scan
+from segraft.data.preparation import Intensity, Preparation, Window, prepare_scan
 from segraft.errors import SegraftError
 from segraft.evaluation.figures import COLOURS, DPI
 from segraft.evaluation.view import displayed_range
@@ -131,14 +131,19 @@ def show_preparation(
     affine = np.asarray(ready.affine, dtype=np.float64)
     for place in there:
         final = nib.Nifti1Image(ready.as_tensor()[place].numpy(), affine)
-        steps.append(_step(f"{prefix[place]}scaled", final, label, "0…1", (0.0, 1.0)))
+        unit, shown = _SCALED.get(intensities[place].kind, ("0…1", (0.0, 1.0)))
+        steps.append(_step(f"{prefix[place]}scaled", final, label, unit, shown))
     with replacing(out) as aside:
         figure = _draw(steps, f"{chosen.id}: preparation", note)
         figure.savefig(aside, format="png", metadata={"Software": None})
     return view
 
 
-def _displayed(channel: nib.Nifti1Image, intensity: Window | Percentiles) -> tuple[float, float]:
+_SCALED = {"z_score": ("standard deviations", (-3.0, 3.0))}
+"""Unit and displayed range of what an intensity setting makes, where it is not 0…1."""
+
+
+def _displayed(channel: nib.Nifti1Image, intensity: Intensity) -> tuple[float, float]:
     window = (intensity.low, intensity.high) if isinstance(intensity, Window) else None
     return displayed_range(channel.get_fdata(dtype=np.float32), window)
 

@@ -11,7 +11,7 @@ from torch import nn
 from segraft.data.channels import plain
 from segraft.data.cohort import Case
 from segraft.data.head import HEAD_SIZE
-from segraft.data.preparation import Preparation
+from segraft.data.preparation import OWN_AXES, Preparation
 from segraft.data.scan_preparation import ScanPreparation
 from segraft.errors import SegraftError
 from segraft.networks.heads import PickedOutputs
@@ -178,8 +178,9 @@ def _patch(preparation: Preparation, net: nn.Module, cases: Sequence[Case]) -> t
     sizes = []
     for case in cases[:50]:
         scan = case.load().first
-        wanted = axcodes2ornt(tuple(preparation.orientation))
-        order = ornt_transform(wanted, io_orientation(scan.affine))[:, 0].astype(int)
+        own = io_orientation(scan.affine)
+        wanted = own if preparation.orientation == OWN_AXES else axcodes2ornt(tuple(preparation.orientation))
+        order = ornt_transform(wanted, own)[:, 0].astype(int)
         mm = np.linalg.norm(scan.affine[:3, :3], axis=0)[order]
         scale = np.ones(3) if preparation.spacing is None else mm / np.asarray(preparation.spacing)
         voxels = np.asarray(scan.shape)[order]

@@ -1,19 +1,34 @@
 """UNETR with an encoder of one channel for images of several: the network of the channel-wise paper."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 from monai.networks.blocks import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
 from monai.networks.blocks.dynunet_block import UnetOutBlock
 from monai.networks.nets.vit import ViT
 from torch import Tensor, nn
+from torch.nn import functional
 
 from segraft.adapters import routed
 from segraft.errors import SegraftError
 from segraft.networks.channelwise import Channelwise, channelwise_parts
 from segraft.networks.registry import FOREIGN_PROJECTIONS
+
+
+def _as_it_is(state: Tensor) -> Tensor:
+    return state
+
+
+def _over_tokens(state: Tensor) -> Tensor:
+    return functional.instance_norm(state.transpose(1, 2)).transpose(1, 2)
+
+
+TAP_NORMS: dict[str, Callable[[Tensor], Tensor]] = {"none": _as_it_is, "instance": _over_tokens}
+"""What becomes of a tapped state [B, T, d] before it is fused, without parameters: it stays; or each of its features
+gets mean 0 and variance 1 over the tokens of its image."""
 
 
 class ChannelwiseUNETR(Channelwise, nn.Module):
@@ -47,6 +62,8 @@ class ChannelwiseUNETR(Channelwise, nn.Module):
         dropout_rate: within the transformer.
         qkv_bias: whether queries, keys and values have a bias.
         channel_dropout: see `Channelwise`.
+        tap_norm: of tapped states, a key of `TAP_NORMS`. MONAI's UNETR has none; then most of what the decoder gets
+            from an encoder that was pre-trained by masking is the same for all tokens (docs/architecture.md).
 
     Attributes:
         image_size: the only sizes of an image that it takes.
@@ -79,6 +96,7 @@ class ChannelwiseUNETR(Channelwise, nn.Module):
         dropout_rate: float = 0.0,
         qkv_bias: bool = False,
         channel_dropout: float = 0.0,
+        tap_norm: str = "instance",
     ) -> None:
         super().__init__()
         self.take_channels(in_channels, channel_dropout)
@@ -101,6 +119,7 @@ class ChannelwiseUNETR(Channelwise, nn.Module):
             )
         )
         self.fusion = nn.ModuleList(nn.Linear(in_channels * hidden_size, hidden_size) for _ in self.taps)
+        self._take_norm(tap_norm)
         common: dict[str, Any] = {
             "spatial_dims": dims,
             "kernel_size": 3,
@@ -132,6 +151,19 @@ class ChannelwiseUNETR(Channelwise, nn.Module):
         blocks = [name for name, _ in self.named_children() if name.startswith(("encoder", "decoder"))]
         self.parts = channelwise_parts(encoder=("vit",), decoder=blocks, head=("out",))
 
+    def _take_norm(self, name: str) -> None:
+        """Files of networks with and without a norm have the same weights and are told apart by a mark among them."""
+        if name not in TAP_NORMS:
+            raise SegraftError(f"unknown tap_norm {name!r}: choose one of {', '.join(TAP_NORMS)}.")
+        if name != "none" and math.prod(self.grid) < 2:
+            raise SegraftError(
+                f"img_size is {_shown(self.image_size)}, a single patch, and a norm over the patches of an image needs "
+                'several: choose a larger img_size, or "tap_norm": "none".'
+            )
+        self.normed = TAP_NORMS[name]
+        if name != "none":
+            self.fusion.register_buffer(f"tap_norm_{name}", torch.ones((), dtype=torch.uint8))
+
     def forward(self, image: Tensor) -> Tensor:
         """Logits on the grid of the image."""
         if tuple(image.shape[2:]) != self.image_size:
@@ -145,7 +177,7 @@ class ChannelwiseUNETR(Channelwise, nn.Module):
             last, states = self.vit(folded.volumes)
         tapped = [*(states[tap - 1] for tap in self.taps[:-1]), last]
         fused = [
-            fuse(folded.side_by_side(state, -1)).transpose(1, 2).unflatten(2, self.grid)
+            fuse(folded.side_by_side(self.normed(state), -1)).transpose(1, 2).unflatten(2, self.grid)
             for fuse, state in zip(self.fusion, tapped, strict=True)
         ]
         skips = [self.encoder1(folded.image)]

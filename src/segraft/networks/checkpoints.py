@@ -211,7 +211,9 @@ def _read(net: nn.Module, path: Path) -> tuple[Layout, Contents, dict[str, Tenso
         SegraftError: missing, unreadable, or of another network.
     """
     wanted = net.state_dict()
-    tensors = unprefixed(read_tensors(path), wanted)
+    tensors = read_tensors(path)
+    adopted = getattr(net, "adopted", None)  # of a network that holds the file's
+    tensors = adopted(tensors) if adopted else unprefixed(tensors, wanted)
     layout = recognise(tensors)
     if layout is not OWN and layout.encoder.key not in wanted:
         raise SegraftError(

@@ -12,6 +12,7 @@ from torch import nn
 from segraft.adapters.selection import NAMED
 from segraft.errors import SegraftError
 from segraft.networks.multiview import MultiViewUNet
+from segraft.networks.nested import NESTED_PARTS
 from segraft.networks.nnunet import nnunet
 from segraft.networks.unet import UNet
 
@@ -78,6 +79,11 @@ FOREIGN_PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "decoder": ("upcat_4", "upcat_3", "upcat_2", "upcat_1"),
         "head": ("final_conv",),
     },
+    "monai.networks.nets.dynunet.DynUNet": {
+        "encoder": ("input_block", "downsamples", "bottleneck"),
+        "decoder": ("upsamples",),
+        "head": ("output_block",),
+    },
     "monai.networks.nets.swin_unetr.SwinUNETR": {
         "encoder": ("swinViT",),
         "decoder": (
@@ -100,7 +106,7 @@ FOREIGN_PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "head": ("out",),
     },
 }
-"""Named parts of networks that do not name their own: class -> {part: module-name prefixes}."""
+"""Named parts of networks that do not name their own: class -> {part: module-name prefixes}; see `NESTED_PARTS`."""
 
 _FUSED = {name: {r".*\.attn\.qkv": f"{place}/3"} for place, name in enumerate(("query", "key", "value"), start=1)}
 
@@ -111,6 +117,7 @@ FOREIGN_PROJECTIONS: dict[str, dict[str, dict[str, str]]] = {
 """Attention projections of such networks: class -> {projection: {expression on layer names: its rows, as 'j/n'}}."""
 
 NAMED["parts"].update(FOREIGN_PARTS)
+NAMED["parts"].update(NESTED_PARTS)
 NAMED["projections"].update(FOREIGN_PROJECTIONS)
 
 
@@ -128,15 +135,7 @@ def build(
     Raises:
         SegraftError: an unknown name, a path that does not import, arguments that the constructor refuses.
     """
-    entry = NETWORKS.get(network) or NetworkEntry(network)
-    factory = _by_path(entry.factory) if isinstance(entry.factory, str) else entry.factory
-    accepted = inspect.signature(factory).parameters
-    channels = {"in_channels": in_channels, "out_channels": out_channels}
-    merged = {
-        **{name: value for name, value in channels.items() if name in accepted},
-        **entry.arguments,
-        **(arguments or {}),
-    }
+    factory, merged = constructor(network, in_channels=in_channels, out_channels=out_channels, arguments=arguments)
     try:
         net = factory(**merged)
     except SegraftError:
@@ -148,6 +147,22 @@ def build(
     except Exception as error:
         raise SegraftError(f"network {network!r} refused its arguments {merged}: {error}.") from error
     return net
+
+
+def constructor(
+    network: str, *, in_channels: int, out_channels: int, arguments: Mapping[str, Any] | None = None
+) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
+    """What `build` calls, and with which keyword arguments.
+
+    Raises:
+        SegraftError: an unknown name, or a path that does not import.
+    """
+    entry = NETWORKS.get(network) or NetworkEntry(network)
+    factory = _by_path(entry.factory) if isinstance(entry.factory, str) else entry.factory
+    accepted = inspect.signature(factory).parameters
+    channels = {"in_channels": in_channels, "out_channels": out_channels}
+    given = {name: value for name, value in channels.items() if name in accepted}
+    return factory, {**given, **entry.arguments, **(arguments or {})}
 
 
 def outline(
