@@ -196,7 +196,7 @@ class Sided(nn.Module):
 
 @pytest.mark.parametrize(("mirror", "expected"), [((), [0.0, 1, 2, 3]), ((0,), [1.5] * 4), ((0, 2), [1.5] * 4)])
 def test_mirrored_scores_are_averaged(mirror, expected):
-    found = sliding_scores(Sided(), torch.zeros(1, 4, 4, 4), (4, 4, 4), average="logit", mirror=mirror)
+    found = sliding_scores(Sided(), torch.zeros(1, 4, 4, 4), (4, 4, 4), average="bare logit", mirror=mirror)
     torch.testing.assert_close(found[0, :, 0, 0], torch.tensor(expected))
 
 
@@ -204,5 +204,5 @@ def test_mirrored_scores_are_averaged(mirror, expected):
 @pytest.mark.parametrize("patch", [(4, 8, 8), (4, 8, 1)])
 def test_even_windows_see_every_voxel_and_only_the_scan(shape, patch):
     image = torch.randn(1, *shape)
-    found = sliding_scores(nn.Identity(), image, patch, average="logit", windows="even")
+    found = sliding_scores(nn.Identity(), image, patch, average="bare logit", windows="even")
     torch.testing.assert_close(found, image)

@@ -9,6 +9,7 @@ from torch import nn
 
 from segraft import adapters
 from segraft.adapters import AdapterSpec
+from segraft.errors import SegraftError
 from segraft.exchange.opening import open_base
 from segraft.jobs import adapt, export
 from segraft.jobs.model import build_from_start, load_model
@@ -23,6 +24,14 @@ TASKS = [
     pytest.param("Hippocampus 3d_fullres", ("2",), {}, marks=pytest.mark.data),
     pytest.param("Hippocampus 2d", ("Posterior", "Anterior"), {}, marks=pytest.mark.data),
 ]
+
+
+@pytest.mark.parametrize("made", ["Brains 2d"], indirect=True)
+def test_what_nnunet_prepares_becomes_no_bundle_of_monai(made, tmp_path):
+    adapted = adapt(made.base, made.data, tmp_path / "run", spec=AdapterSpec("lora_c", rank=2), settings=SHORT)
+    with pytest.raises(SegraftError, match="its scans are prepared by another tool, for which MONAI has no transforms"):
+        export(adapted.path, tmp_path / "out", format="monai-bundle")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("made", "labels", "how"), TASKS, indirect=["made"])
