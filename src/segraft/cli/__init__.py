@@ -9,6 +9,7 @@ from segraft.cli.exporting import export
 from segraft.cli.importing import import_
 from segraft.cli.look import inspect, params
 from segraft.cli.prepare import prepare
+from segraft.cli.sharing import pull, push
 from segraft.cli.study import study
 from segraft.cli.train import adapt, pretrain
 from segraft.cli.use import demo, evaluate, predict
@@ -18,7 +19,7 @@ __all__ = ["app", "main"]
 
 INTERRUPTED = 130  # what Typer turns Ctrl-C into
 
-for _command in (prepare, pretrain, adapt, predict, evaluate, params, inspect, export, demo):
+for _command in (prepare, pretrain, adapt, predict, evaluate, params, inspect, export, push, pull, demo):
     app.command()(_command)
 app.command("import")(import_)
 app.add_typer(study, name="study")

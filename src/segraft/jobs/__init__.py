@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from segraft.jobs.model import Model, load_model
     from segraft.jobs.predicting import predict
     from segraft.jobs.pretraining import pretrain
+    from segraft.jobs.pulling import pull
+    from segraft.jobs.pushing import push
 
 _HOMES = {
     "Model": "model",
@@ -26,9 +28,23 @@ _HOMES = {
     "load_model": "model",
     "predict": "predicting",
     "pretrain": "pretraining",
+    "pull": "pulling",
+    "push": "pushing",
 }
 
-__all__ = ["Model", "adapt", "evaluate", "export", "import_base", "import_peft", "load_model", "predict", "pretrain"]
+__all__ = [
+    "Model",
+    "adapt",
+    "evaluate",
+    "export",
+    "import_base",
+    "import_peft",
+    "load_model",
+    "predict",
+    "pretrain",
+    "pull",
+    "push",
+]
 
 
 def __getattr__(name: str) -> Any:
