@@ -202,11 +202,13 @@ def test_a_pretraining_that_was_killed_goes_on(scans, monkeypatch):
 @pytest.mark.parametrize(
     ("base", "says"),
     [
-        ({"encoder": ENCODER, "weights": "w.pt"}, ["weights and with an encoder", "one alone"]),
-        ({"encoder": ENCODER, "random": True}, ["encoder of its own", "random weights", "one alone"]),
-        ({"random": True, "weights": "w.pt"}, ["weights and with random weights"]),
-        ({"random": True, "training": {"epochs": 2}}, ["random weights", "nothing is pre-trained"]),
-        ({"random": True, "patients": 2}, ["random weights", "leave its training and patients out"]),
+        ({"encoder": ENCODER, "weights": "w.pt"}, ["weights and an encoder to pre-train", "one of them alone"]),
+        ({"encoder": ENCODER, "random": True}, ["an encoder to pre-train and a random start"]),
+        ({"random": True, "weights": "w.pt"}, ["weights and a random start"]),
+        ({"random": True, "training": {"epochs": 2}}, ["a random start, so nothing is pre-trained"]),
+        ({"random": True, "patients": 2}, ["leave its training and patients out"]),
+        ({"random": True, "labels": ["a"]}, ["names of the outputs of its weights"]),
+        ({"encoder": ENCODER, "labels": ["a"]}, ["names of the outputs of its weights"]),
         ({"encoder": {"networks": "vit_base"}}, ["encoder.networks"]),
         ({"encoder": ENCODER, "training": {"loss": "dice_ce"}}, ["loss", "labels"]),
         ({"encoder": ENCODER, "training": {"mask": 1.5}}, ["mask"]),

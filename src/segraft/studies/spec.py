@@ -69,20 +69,22 @@ class Base(_Part):
         starts = self._starts()
         if len(starts) > 1:
             raise ValueError(
-                f"it begins with {' and with '.join(starts.values())}, and can with one alone: take one out"
+                f"it has {' and '.join(starts.values())}, and can begin with one of them alone: take one out"
             )
         if self.start in ("weights", "random") and (self.training or self.patients):
             raise ValueError(
-                f"it begins with {starts[self.start]}, so nothing is pre-trained: leave its training and patients out"
+                f"it has {starts[self.start]}, so nothing is pre-trained: leave its training and patients out"
             )
+        if self.start in ("masked", "random") and self.labels:
+            raise ValueError("labels are the names of the outputs of its weights, and it has none: leave them out")
         return self
 
     def _starts(self) -> dict[Start, str]:
         """What it is said to begin with, in words."""
         asked: tuple[tuple[Start, str, bool], ...] = (
             ("weights", "weights", self.weights is not None),
-            ("masked", "an encoder of its own pre-training", self.encoder is not None),
-            ("random", "random weights", self.random),
+            ("masked", "an encoder to pre-train", self.encoder is not None),
+            ("random", "a random start", self.random),
         )
         return {start: words for start, words, there in asked if there}
 
