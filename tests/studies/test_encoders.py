@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from segraft.data.cohort import Cohort
 from segraft.errors import SegraftError
 from segraft.networks import load_base, read_base
 from segraft.studies import executing
@@ -314,6 +315,16 @@ def test_the_papers_settings():
     assert [arm.name for arm in plan_arms(small)] == names
     kept = ("schedule", "learning_rate", "loss", "weight_decay")
     assert all(getattr(small.settings({}, seed=0), name) == getattr(settings, name) for name in kept)
+
+
+def test_the_decathlons_brain_tumours_become_regions(scans):
+    listing = scans / "target" / "dataset.json"
+    content = json.loads(listing.read_text())
+    names = {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"}
+    listing.write_text(json.dumps({**content, "labels": names, "regions_class_order": None}))
+    found = Cohort.read(listing).select_labels(read_study("channelwise").labels)
+    assert {name: found.covers(value) for value, name in found.items()} == {"WT": (1, 2, 3), "TC": (2, 3), "ET": (3,)}
+    assert list(found) == [1, 2, 3], "in masks that are written, the same values stand for the same tissues"
 
 
 def plan_arms(study):
