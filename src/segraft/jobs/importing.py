@@ -102,6 +102,40 @@ def import_base(
     return Imported(base.path, base.fingerprint, dict(enumerate(wanted, start=1)), loaded, notes)
 
 
+def random_base(
+    out: str | Path,
+    *,
+    network: str,
+    network_arguments: Mapping[str, Any] | None = None,
+    labels: Sequence[str],
+    overwrite: bool = False,
+) -> Path:
+    """Write `out/base.safetensors` with a network that was never trained, the same each time: to train from scratch.
+
+    Args:
+        out: folder to write to.
+        network: a key of `segraft.networks.NETWORKS`, or `package.module:Class`.
+        network_arguments: further keyword arguments of the network.
+        labels: names of its outputs.
+        overwrite: replace a base that is there.
+
+    Returns:
+        The path of the base, which can be adapted, but by itself segments nothing.
+
+    Raises:
+        SegraftError: the network cannot be built, or there is a base already.
+    """
+    folder = RunFolder(Path(out), FILE_NAME, resume=False, overwrite=overwrite)
+    arguments = {"in_channels": 1, **(network_arguments or {}), "out_channels": len(labels)}
+    net = build_from_start(network, arguments)
+    record = {
+        "labels": {str(number): name for number, name in enumerate(labels, start=1)},
+        "untrained": {"outputs": list(range(len(labels))), "parts": []},
+        "versions": versions(),
+    }
+    return save_base(net, folder.path, network=network, arguments=arguments, record=record).path
+
+
 def _names(found: Contents, given: tuple[str, ...], weights: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the outputs of the file, and of those that the base shall have.
 
