@@ -149,6 +149,8 @@ _OLD_RESIDUALS = {
 }
 """MONAI 0.8 made them in blocks that do not use them (research-contributions, issue 367)."""
 
+_UNUSED_NORMS = {"norms of a cross attention that is not there": r"(vit\.)?blocks\.\d+\.norm_cross_attn\."}
+
 LAYOUTS: tuple[Layout, ...] = (
     # supervised_clip_driven_universal_swin_unetr_2100.pth, supervised_suprem_swinunetr_2100.pth: `module.backbone.*`,
     # and heads that are computed from an embedding of each organ's name
@@ -208,10 +210,30 @@ LAYOUTS: tuple[Layout, ...] = (
         "encoder",
         of="ViT",
         has=(r"vit\.patch_embedding\.position_embeddings", r"mae_decoder\.mask_token"),
+        unused={"mae_decoder": r"mae_decoder\.", **_UNUSED_NORMS},
+    ),
+    # `vit.*` of MONAI's UNETR
+    Layout(
+        "encoder of a UNETR",
+        "encoder",
+        of="ViT",
+        has=(r"vit\.patch_embedding\.position_embeddings",),
+        lacks=(r"(?!vit\.).*",),
+        unused=_UNUSED_NORMS,
+    ),
+    # MONAI's ViT, and its ViTAutoEnc as the tutorial on self-supervised pre-training has it
+    Layout(
+        "vision transformer (MONAI)",
+        "encoder",
+        of="ViT",
+        has=(r"patch_embedding\.position_embeddings", r"blocks\.0\..*"),
+        lacks=(r"mask_tokens", r"(decoder|encoder|out)\w*\..*"),
         unused={
-            "mae_decoder": r"mae_decoder\.",
-            "norms of a cross attention that is not there": r"vit\.blocks\.\d+\.norm_cross_attn\.",
+            "class token and head": r"cls_token$|classification_head\.",
+            "reconstruction": r"conv3d_transpose(_1)?\.",
+            **_UNUSED_NORMS,
         },
+        renames=((r"^", "vit."),),
     ),
 )
 """Kinds of checkpoints, of which the first that fits counts. Those of SwinUNETR were trained with MONAI before 1.5."""
