@@ -32,7 +32,7 @@ def unetr(channels=3, **more):
         ({"num_heads": 4}, r'num heads 2, this network 4 .give --network-args .\{"num_heads": 2\}'),
         ({"img_size": (24, 16, 16), "num_heads": 3}, r'\{"num_heads": 2, "img_size": \[16, 24, 16\]\}'),
         ({"qkv_bias": True}, r'qkv bias False, this network True .*"qkv_bias": false'),
-        ({"patch_size": 4, "img_size": (8, 12, 8)}, r'patch size 8, this network 4'),
+        ({"patch_size": 4, "img_size": (8, 12, 8)}, r"patch size 8, this network 4"),
     ],
 )
 def test_another_transformer_of_the_same_shapes_is_refused(tmp_path, other, says):
@@ -56,7 +56,9 @@ def test_what_a_network_does_not_take_as_an_argument(tmp_path):
     """MONAI's UNETR has patches of 16 voxels and twelve blocks."""
     net = build("monai.networks.nets:UNETR", in_channels=1, out_channels=1,
                 arguments={"img_size": (32, 48, 32), "hidden_size": 24, "mlp_dim": 32, "num_heads": 2})  # fmt: skip
-    with pytest.raises(SegraftError, match=r"patch size 8, this network 16 \(UNETR has no argument for it: take unetr_ch"):
+    with pytest.raises(
+        SegraftError, match=r"patch size 8, this network 16 \(UNETR has no argument for it: take unetr_ch"
+    ):
         load_checkpoint(net, encoder(tmp_path))
 
 
@@ -97,6 +99,8 @@ def test_what_is_given_stays(tmp_path):
 
 def test_patches_that_are_no_cubes_are_refused_in_words(tmp_path):
     folder = encoder(tmp_path, patch_size=[8, 8, 16])
+    with pytest.raises(SegraftError, match="patches of 8×8×16 voxels are no cubes, as those of unetr_channelwise are"):
+        with_sizes("unetr_channelwise", ONE, folder)
     arguments, _ = with_sizes("unetr_channelwise", {"in_channels": 1, "out_channels": 1, "patch_size": 8}, folder)
     rest = {key: value for key, value in arguments.items() if key not in ONE}
     with pytest.raises(SegraftError, match="patch size 8×8×16, this network 8"):

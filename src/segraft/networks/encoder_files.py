@@ -114,7 +114,7 @@ def with_sizes(
         weights: that the network takes; of other files than those of encoders nothing is taken.
 
     Raises:
-        SegraftError: no such network, or the file's network cannot be built.
+        SegraftError: no such network, the file's network cannot be built, or its patches are no cubes.
     """
     from segraft.networks.bases import FILE_NAME, read_base
 
@@ -131,8 +131,11 @@ def with_sizes(
         for name, value in known.items()
         if name in takes and name not in arguments and name != "in_channels" and takes[name] != value
     }
-    if isinstance(taken.get("patch_size"), list):
-        del taken["patch_size"]  # no network that segments takes it: the one that is asked for says what it has
+    if isinstance(taken.get("patch_size"), list):  # no network that segments takes it
+        raise SegraftError(
+            f"{path} holds an encoder whose patches of {'×'.join(map(str, taken['patch_size']))} voxels are no cubes, "
+            f"as those of {network} are: pre-train one with a patch_size that is one number."
+        )
     if not taken:
         return dict(arguments), ()
     told = ", ".join(f"{name} {value}" for name, value in taken.items())
