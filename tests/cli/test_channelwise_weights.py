@@ -59,7 +59,8 @@ def test_an_encoder_needs_no_sizes(segraft, fresh, one, two, tmp_path, network):
     assert made.code == 0, made.err
     data = two if network == "unetr_channelwise" else one
     made = segraft("adapt", "--base", network, "--weights", tmp_path / "encoder",
-                   "--network-args", '{"feature_size": 4}', "--data", data, "--labels", 1, *TRAINED, "--out", tmp_path / "run", "--json")  # fmt: skip
+                   "--network-args", '{"feature_size": 4}', "--data", data, "--labels", 1, *TRAINED,
+                   "--out", tmp_path / "run", "--json")  # fmt: skip
     assert made.code == 0, made.err
     (note,) = [note for note in made.json["notes"] if note.startswith(f"arguments of {network} that are as")]
     assert "num_heads 2, img_size [16, 16, 32]" in note

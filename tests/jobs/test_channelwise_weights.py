@@ -96,7 +96,7 @@ class Mine(OriginalSwinUNETR):
 
 def test_a_network_that_cannot_be_built_so_is_refused():
     original = Loaded(Path("w.pt"), "", 1, original_merging=True)
-    with pytest.raises(SegraftError, match="my.nets:Mine joins its tokens as MONAI since 1.5 whenever it is built"):
+    with pytest.raises(SegraftError, match=r"my\.nets:Mine joins its tokens as MONAI since 1\.5 whenever it is built"):
         named_as_loaded(Mine(1, 1, **SWIN), "my.nets:Mine", {}, original)
 
 

@@ -90,6 +90,16 @@ def test_sizes_that_are_left_out_are_the_files(tmp_path, network):
     assert "qkv_bias" not in arguments, "as the network has it anyway"
 
 
+@pytest.mark.parametrize("network", ["swin_unetr", "unet", "unet_channelwise"])
+def test_networks_of_another_kind_take_none(tmp_path, network):
+    """SwinUNETR has patches and heads of its own."""
+    folder = encoder(tmp_path)
+    assert with_sizes(network, ONE, folder) == (ONE, ())
+    arguments = {"widths": (4, 8)} if "unet" in network and "swin" not in network else {"feature_size": 12}
+    with pytest.raises(SegraftError, match=r"holds a ViT .*name the network unetr_channelwise"):
+        load_checkpoint(build(network, **ONE, arguments=arguments), folder)
+
+
 def test_what_is_given_stays(tmp_path):
     arguments, _ = with_sizes("unetr_channelwise", {"img_size": (24, 16, 16), "in_channels": 4}, encoder(tmp_path))
     assert arguments["img_size"] == (24, 16, 16)

@@ -1,4 +1,4 @@
-"""Weights of networks for one channel in networks that encode several, one at a time: what is loaded, and what is not."""
+"""Weights of networks for one channel in networks that encode several, one at a time: what is loaded, what not."""
 
 import pytest
 import torch
@@ -14,11 +14,12 @@ from segraft.networks.swin import merges_as_before
 C = 3
 LABELS = ("a", "b")
 SIZES = {"img_size": (32, 16, 16), "hidden_size": 24, "mlp_dim": 32, "num_heads": 2}
+UNETR_ARGUMENTS = {"feature_size": 4, **SIZES}
 SWIN = {"feature_size": 12, "depths": (2, 1, 1, 1), "window_size": 2}
 UNET = {"spatial_dims": 3, "widths": (4, 6, 8), "norm": "instance"}
 WHOLE = {
     "unet_channelwise": (lambda: build("unet", in_channels=1, out_channels=2, arguments=UNET), UNET),
-    "unetr_channelwise": (lambda: UNETR(in_channels=1, out_channels=2, feature_size=4, **SIZES), {"feature_size": 4, **SIZES}),
+    "unetr_channelwise": (lambda: UNETR(in_channels=1, out_channels=2, **UNETR_ARGUMENTS), UNETR_ARGUMENTS),
     "swin_unetr_channelwise": (lambda: SwinUNETR(in_channels=1, out_channels=2, **SWIN), SWIN),
 }  # fmt: skip
 FULL_SIZE = ("encoder1.layer.conv1.conv", "encoder1.layer.conv3.conv")
@@ -61,7 +62,8 @@ def test_all_but_the_fusion_and_what_sees_every_channel_is_loaded(name, tmp_path
     assert (loaded.unused, loaded.outputs) == ({}, None)
     notes = loaded.notes(LABELS)
     assert f"not in the file and at their start: fusion ({len(below(ours, 'fusion'))})" in notes[0]
-    assert "the fusion starts at random: train it, with --train fusion." in notes
+    cure = "decoder" if layers else "fusion"  # the decoder has the fusion in it
+    assert f"the fusion starts at random: train it, with --train {cure}." in notes
     told = [note for note in notes if note.startswith("what sees all channels of the image starts at random")]
     assert len(told) == bool(layers)
     assert all(layer in note and "--train decoder" in note for note in told for layer in layers)
@@ -95,9 +97,13 @@ def test_channels_of_another_channelwise_network_are_not_forgotten(name, tmp_pat
 
 @pytest.mark.parametrize(
     ("name", "dropped"),
-    [("unet_channelwise", "decoder.0.0.weight"), ("unetr_channelwise", "decoder2."), ("unetr_channelwise", "encoder1.layer.conv1."),
-     ("swin_unetr_channelwise", "encoder10.")],
-)  # fmt: skip
+    [
+        ("unet_channelwise", "decoder.0.0.weight"),
+        ("unetr_channelwise", "decoder2."),
+        ("unetr_channelwise", "encoder1.layer.conv1."),
+        ("swin_unetr_channelwise", "encoder10."),
+    ],
+)
 def test_the_decoder_of_a_whole_network_must_be_there(name, dropped, tmp_path):
     state = {key: value for key, value in whole(name).state_dict().items() if not key.startswith(dropped)}
     assert len(state) < len(whole(name).state_dict())
@@ -118,7 +124,7 @@ def test_the_decoder_of_a_whole_network_must_be_there(name, dropped, tmp_path):
 )
 def test_an_encoder_of_several_channels_is_refused(name, make, tmp_path):
     torch.save(make().state_dict(), tmp_path / "w.pt")
-    says = r"in channels 2, this network 1 \(this network encodes channels one at a time: give it weights for one channel\)"
+    says = r"in channels 2, this network 1 \(this network encodes channels one at a time: give it weights for one"
     with pytest.raises(SegraftError, match=says) as caught:
         load_checkpoint(channelwise(name), tmp_path / "w.pt")
     assert "in_channels" not in str(caught.value)
@@ -129,7 +135,11 @@ def vit() -> nn.Module:
 
 
 ENCODERS = {
-    "of a UNETR": (lambda: {f"vit.{key}": value for key, value in vit().state_dict().items()}, "encoder of a UNETR", {}),
+    "of a UNETR": (
+        lambda: {f"vit.{key}": value for key, value in vit().state_dict().items()},
+        "encoder of a UNETR",
+        {},
+    ),
     "bare": (lambda: vit().state_dict(), "vision transformer (MONAI)", {}),
     "in a wrapper": (
         lambda: {"state_dict": {f"module.{key}": value for key, value in vit().state_dict().items()}},

@@ -125,12 +125,11 @@ def with_sizes(
         return dict(arguments), ()
     if base is None or not holds_encoder(base.record):
         return dict(arguments), ()
-    takes, known = parameters_of(network), vit_of_base(base)
-    taken = {
-        name: value
-        for name, value in known.items()
-        if name in takes and name not in arguments and name != "in_channels" and takes[name] != value
-    }
+    takes = parameters_of(network)
+    if "img_size" not in takes:  # a network of another kind, whose arguments of the same names mean something else
+        return dict(arguments), ()
+    left = {name: value for name, value in vit_of_base(base).items() if name in takes and name not in arguments}
+    taken = {name: value for name, value in left.items() if name != "in_channels" and not _same(value, takes[name])}
     if isinstance(taken.get("patch_size"), list):  # no network that segments takes it
         raise SegraftError(
             f"{path} holds an encoder whose patches of {'×'.join(map(str, taken['patch_size']))} voxels are no cubes, "
@@ -140,3 +139,7 @@ def with_sizes(
         return dict(arguments), ()
     told = ", ".join(f"{name} {value}" for name, value in taken.items())
     return {**arguments, **taken}, (f"arguments of {network} that are as {path} says: {told}.",)
+
+
+def _same(value: object, other: object) -> bool:
+    return value == (list(other) if isinstance(other, tuple) else other)

@@ -69,7 +69,12 @@ def untrained_notes(places: Iterable[str]) -> list[str]:
     """That parts or layers of a base were never trained, in sentences."""
     places = list(places)
     layers = [place for place in places if "." in place]
-    notes = [f"the {part} starts at random: train it, with --train {part}." for part in places if part not in layers]
+    cures = {"fusion": "decoder"} if layers or "decoder" in places else {}  # which has it in it
+    notes = [
+        f"the {part} starts at random: train it, with --train {cures.get(part, part)}."
+        for part in places
+        if part not in layers
+    ]
     if layers:
         notes.append(
             f"what sees all channels of the image starts at random ({', '.join(layers)}): train it, with --train "
