@@ -146,6 +146,7 @@ def test_what_sees_all_channels_must_be_trained(tmp_path, scans, unet):
     torch.save({key: value for key, value in state.items() if key.startswith("vit.")}, tmp_path / "vit.pt")
     fusion = AdapterSpec("rs_lora", rank=2, train=("fusion",))
     whole, alone = (BaseSource("unetr_channelwise", tmp_path / f"{name}.pt", UNETR) for name in ("unetr", "vit"))
+    refuse(whole, AdapterSpec("rs_lora", rank=2, train=("head",)), "trained fusion, .*--train decoder", (16, 32, 16))
     refuse(whole, fusion, r"no trained encoder1\.layer\.conv1\.conv, .*--train decoder", (16, 32, 16))
     refuse(alone, AdapterSpec("rs_lora", rank=2, train=("fusion", "head")), "no trained decoder", (16, 32, 16))
     made, _, net = adapted(whole, scans, tmp_path / "run")

@@ -209,7 +209,7 @@ class LoadedBase:
             if not any(name.startswith(own_prefixes(self.net, part, self.untrained)) for name in trained):
                 raise SegraftError(
                     f"{self.described['path']} has no trained {part}, so it starts at random, but the adapter leaves "
-                    f"it frozen: train it, with --train {trained_by(part)}."
+                    f"it frozen: train it, with --train {trained_by(part, self.untrained)}."
                 )
         if not self.new:
             return

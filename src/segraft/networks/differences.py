@@ -77,20 +77,17 @@ def _told(net: nn.Module, theirs: Mapping[str, Any], ours: Mapping[str, Any]) ->
     elif hasattr(net, "vit"):
         cures["in_channels"] = "take a network that encodes channels one by one (unetr_channelwise)"
     given = {name: value for name, value in theirs.items() if name in takes and name not in cures}
-    told = [
-        f"{_difference(name, value, ours)} "
-        f"({cures.get(name, f'{type(net).__name__} has no argument for it: take unetr_channelwise')})"
-        for name, value in theirs.items()
-        if name not in given
-    ]
-    if given:
-        differences = ", ".join(_difference(name, value, ours) for name, value in given.items())
-        told.append(f"{differences} (give --network-args '{json.dumps(given)}')")
-    return told
+    fixed = [name for name in theirs if name not in given and name not in cures]
+    groups = [([name], cures[name]) for name in theirs if name in cures]
+    if fixed:  # then no argument helps
+        groups.append((fixed, f"{type(net).__name__} has no argument for this: take unetr_channelwise"))
+    elif given:
+        groups.append((list(given), f"give --network-args '{json.dumps(given)}'"))
+    return [f"{', '.join(_difference(name, theirs, ours) for name in names)} ({cure})" for names, cure in groups]
 
 
-def _difference(name: str, value: object, ours: Mapping[str, object]) -> str:
-    return f"{name.replace('_', ' ')} {_shown(value)}, this network {_shown(ours[name])}"
+def _difference(name: str, theirs: Mapping[str, object], ours: Mapping[str, object]) -> str:
+    return f"{name.replace('_', ' ')} {_shown(theirs[name])}, this network {_shown(ours[name])}"
 
 
 def _shown(value: object) -> str:

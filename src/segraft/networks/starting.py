@@ -69,23 +69,26 @@ def untrained_notes(places: Iterable[str]) -> list[str]:
     """That parts or layers of a base were never trained, in sentences."""
     places = list(places)
     layers = [place for place in places if "." in place]
-    cures = {"fusion": "decoder"} if layers or "decoder" in places else {}  # which has it in it
     notes = [
-        f"the {part} starts at random: train it, with --train {cures.get(part, part)}."
+        f"the {part} starts at random: train it, with --train {trained_by(part, places)}."
         for part in places
         if part not in layers
     ]
     if layers:
         notes.append(
             f"what sees all channels of the image starts at random ({', '.join(layers)}): train it, with --train "
-            f"{trained_by(layers[0])}."
+            f"{trained_by(layers[0], places)}."
         )
     return notes
 
 
-def trained_by(place: str) -> str:
-    """The part to train so that a part or layer is that starts at random."""
-    return "decoder" if "." in place else place
+def trained_by(place: str, places: Iterable[str]) -> str:
+    """The part to train so that a part or layer is that starts at random, of all that do.
+
+    The decoder has its layers and the fusion in it: one word for whoever must train more of it than the fusion.
+    """
+    more = any("." in other or other == "decoder" for other in places)
+    return "decoder" if "." in place or (place == "fusion" and more) else place
 
 
 def own_prefixes(net: nn.Module, place: str, others: Iterable[str]) -> tuple[str, ...]:

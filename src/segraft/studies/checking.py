@@ -2,7 +2,6 @@
 
 from segraft.errors import SegraftError
 from segraft.jobs.preparing import checked
-from segraft.networks.encoder_files import with_sizes
 from segraft.networks.registry import outline
 from segraft.studies.spec import Study, arms_of
 from segraft.training.strategies import require_parts
@@ -17,9 +16,7 @@ def check_study(study: Study) -> None:
     checked(study.preparation)
     for name, base in study.bases.items():
         try:
-            given = base.arguments
-            arguments = given if base.weights is None else with_sizes(base.network, given, base.weights)[0]
-            net = outline(base.network, in_channels=1, out_channels=1, arguments=arguments)
+            net = outline(base.network, in_channels=1, out_channels=1, arguments=base.arguments)
             for arms in study.arms:
                 for arm in arms_of(arms) if arms.base == name else ():
                     require_parts(net, arm.train)
