@@ -198,6 +198,21 @@ def test_half_a_transformer_is_refused(tmp_path):
         load_checkpoint(channelwise("unetr_channelwise"), tmp_path / "w.pt")
 
 
+@pytest.mark.parametrize("name", ["unetr_channelwise", "monai.networks.nets:UNETR"])
+def test_files_of_before_there_were_norms_that_nothing_runs(name, tmp_path):
+    """MONAI has them since 1.4."""
+    state = {
+        key: value for key, value in whole("unetr_channelwise").state_dict().items() if "norm_cross_attn" not in key
+    }
+    torch.save(state, tmp_path / "w.pt")
+    net = build(name, in_channels=1, out_channels=2, arguments=UNETR_ARGUMENTS)
+    loaded = load_checkpoint(net, tmp_path / "w.pt")
+    assert loaded.kept.pop("norms of a cross attention that is not there") == 24
+    assert set(loaded.kept) == ({"fusion"} if name == "unetr_channelwise" else set())
+    assert loaded.untrained == tuple(loaded.kept)
+    assert all(torch.equal(net.state_dict()[key], value) for key, value in state.items())
+
+
 def test_other_taps_than_the_decoder_was_trained_on_are_told(tmp_path):
     torch.save(whole("unetr_channelwise").state_dict(), tmp_path / "w.pt")
     loaded = load_checkpoint(channelwise("unetr_channelwise"), tmp_path / "w.pt")

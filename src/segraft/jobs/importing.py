@@ -97,7 +97,7 @@ def import_base(
     if settled is not None:
         check_network(net, settled.patch, len(wanted), arguments["in_channels"])
         record["preparation"] = settled.model_dump(mode="json")
-    if loaded.kept:
+    if loaded.untrained or new:
         record["untrained"] = {"outputs": list(new), "parts": list(loaded.untrained)}
     base = save_base(net, folder.path, network=network, arguments=arguments, record=record)
     return Imported(base.path, base.fingerprint, dict(enumerate(wanted, start=1)), loaded, notes)

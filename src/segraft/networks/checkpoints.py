@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from segraft.errors import SegraftError
 from segraft.networks.differences import in_words, untold
 from segraft.networks.heads import Head, Outputs, find_head, head_rows, match_outputs, require_head
-from segraft.networks.layouts import CONTAINERS, OWN, PREFIXES, Layout, known_labels, recognise
+from segraft.networks.layouts import CONTAINERS, NEVER_RUN, OWN, PREFIXES, Layout, known_labels, recognise
 from segraft.networks.starting import left_at_start, untrained_notes
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Loaded:
     @property
     def untrained(self) -> tuple[str, ...]:
         """Parts and layers of the network that start at random; of the head `outputs` says more."""
-        return (*(part for part in self.kept if part != "head"), *self.layers)
+        return (*(part for part in self.kept if part not in ("head", NEVER_RUN)), *self.layers)
 
     def notes(self, labels: Sequence[str] = ()) -> tuple[str, ...]:
         """All of it in sentences, with the names of the network's outputs where they are given."""

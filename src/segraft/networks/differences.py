@@ -64,7 +64,7 @@ def _vit_in_words(
     if base is not None:
         theirs, ours = theirs | vit_of_base(base), ours | vit_of(net)
     if "img_size" in theirs and "img_size" in ours:
-        del theirs["patches"]  # which then says less
+        theirs.pop("patches", None)  # which then says less
     return _told(net, {name: value for name, value in theirs.items() if value != ours.get(name, value)}, ours)
 
 

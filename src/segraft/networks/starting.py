@@ -1,5 +1,6 @@
 """What of a network may stay at its start, as weights do not hold it: parts, and layers that see all channels."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from segraft.adapters.selection import parts_of
 from segraft.networks.channelwise import FUSION, Channelwise
-from segraft.networks.layouts import Layout
+from segraft.networks.layouts import NEVER_RUN, Layout
 
 MAY_START: dict[str, frozenset[str]] = {
     "encoder": frozenset({"decoder", "head"}),
@@ -15,6 +16,8 @@ MAY_START: dict[str, frozenset[str]] = {
     "all": frozenset(),
 }
 """What a file holds -> parts of the network that may stay at their start."""
+
+UNUSED_NORM = re.compile(r"vit\.blocks\.\d+\.norm_cross_attn\.(weight|bias)")
 
 MONAI_TAPS = (4, 7, 10, 12)
 """After which blocks MONAI's UNETR taps its transformer."""
@@ -57,6 +60,8 @@ def left_at_start(net: nn.Module, wanted: Mapping[str, Tensor], used: Mapping[st
     may = MAY_START[layout.holds] | ({"fusion"} if channels else set())
     names = [name for name in ("fusion", "head", "decoder") if name in may]
     parts = {key: part for key in wanted if key not in used and (part := _part(net, key, names))}
+    if not any(".cross_attn." in key for key in wanted):
+        parts |= {key: NEVER_RUN for key in wanted if key not in used and UNUSED_NORM.fullmatch(key)}
     layers = {
         key: key.rpartition(".")[0]
         for key, value in wanted.items()
