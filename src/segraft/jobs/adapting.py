@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from segraft import adapters
-from segraft.adapters import AdapterSpec, ParameterTable, parameter_table, parts_of
+from segraft.adapters import AdapterSpec, ParameterTable, parameter_table
 from segraft.data.cohort import Cohort
 from segraft.data.scan_preparation import ScanPreparation, recorded_preparation
 from segraft.errors import SegraftError
@@ -24,9 +24,10 @@ from segraft.jobs.run_folder import RunFolder, versions
 from segraft.jobs.training_set import training_set
 from segraft.networks import Base, load_base, load_checkpoint, read_base
 from segraft.networks.bases import FILE_NAME
-from segraft.networks.checkpoints import output_notes, untrained_notes
-from segraft.networks.encoder_files import require_segmenting
+from segraft.networks.checkpoints import output_notes
+from segraft.networks.encoder_files import require_segmenting, with_sizes
 from segraft.networks.heads import Outputs, match_outputs, require_head, untrained_outputs
+from segraft.networks.starting import own_prefixes, trained_by, untrained_notes
 from segraft.structures import same_name
 from segraft.training.distributed import Team
 from segraft.training.fit import Fit, check_device, check_precision, fit
@@ -164,7 +165,9 @@ class BaseSource:
         channels = cohort.channels
         arguments = {"in_channels": len(channels), "out_channels": len(labels), **(self.arguments or {})}
         require_same_channels(arguments["in_channels"], channels, f"the network {self.base}", str(cohort.path))
-        return self._with_weights(str(self.base), arguments, weights, labels, self.labels)
+        arguments, notes = with_sizes(str(self.base), arguments, weights)
+        loaded = self._with_weights(str(self.base), arguments, weights, labels, self.labels)
+        return replace(loaded, notes=(*notes, *loaded.notes))
 
     def _with_weights(
         self,
@@ -195,7 +198,7 @@ class LoadedBase:
         preparation: that it was trained with, where that is known.
         served: the images that trained it.
         new: places of the labels whose outputs start at random.
-        untrained: further parts of the network that do.
+        untrained: further parts and layers of the network that do.
         notes: what the user should know of it.
     """
 
@@ -215,11 +218,10 @@ class LoadedBase:
         """
         trained = [name for name, value in self.net.named_parameters() if value.requires_grad]
         for part in self.untrained:
-            prefixes = tuple(f"{prefix}." for prefix in parts_of(self.net)[part])
-            if not any(name.startswith(prefixes) for name in trained):
+            if not any(name.startswith(own_prefixes(self.net, part, self.untrained)) for name in trained):
                 raise SegraftError(
                     f"{self.described['path']} has no trained {part}, so it starts at random, but the adapter leaves "
-                    f"it frozen: train it, with --train {part}."
+                    f"it frozen: train it, with --train {trained_by(part, self.untrained)}."
                 )
         if not self.new:
             return

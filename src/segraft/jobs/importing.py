@@ -17,6 +17,7 @@ from segraft.jobs.run_folder import RunFolder, versions
 from segraft.networks import Loaded, load_checkpoint, save_base
 from segraft.networks.bases import FILE_NAME
 from segraft.networks.checkpoints import Contents, contents
+from segraft.networks.encoder_files import with_sizes
 from segraft.networks.heads import BACKGROUND
 from segraft.networks.layouts import known_labels
 from segraft.structures import same_name
@@ -74,7 +75,7 @@ def import_base(
             written then.
     """
     weights = Path(weights)
-    arguments = {"in_channels": 1, "out_channels": 1, **(network_arguments or {})}
+    arguments, taken = with_sizes(network, {"in_channels": 1, "out_channels": 1, **(network_arguments or {})}, weights)
     preparation = by_channel(preparation, None, ("",) * arguments["in_channels"], f"the network {network}")
     settled = preparation if isinstance(preparation, Preparation) else checked(preparation) if preparation else None
     folder = RunFolder(Path(out), FILE_NAME, resume=False, overwrite=overwrite)
@@ -84,8 +85,8 @@ def import_base(
     arguments["out_channels"] = len(wanted)
     net: nn.Module = build_from_start(network, arguments)
     loaded = load_checkpoint(net, weights, labels=wanted, names=file_names)
-    network, arguments = named_as_loaded(network, arguments, loaded)
-    notes = loaded.notes(wanted)
+    network, arguments = named_as_loaded(net, network, arguments, loaded)
+    notes = (*taken, *loaded.notes(wanted))
     new = () if loaded.outputs is None else loaded.outputs.new
     record: dict[str, Any] = {
         "labels": {str(number): name for number, name in enumerate(wanted, start=1)},
@@ -96,7 +97,7 @@ def import_base(
     if settled is not None:
         check_network(net, settled.patch, len(wanted), arguments["in_channels"])
         record["preparation"] = settled.model_dump(mode="json")
-    if loaded.kept:
+    if loaded.untrained or new:
         record["untrained"] = {"outputs": list(new), "parts": list(loaded.untrained)}
     base = save_base(net, folder.path, network=network, arguments=arguments, record=record)
     return Imported(base.path, base.fingerprint, dict(enumerate(wanted, start=1)), loaded, notes)

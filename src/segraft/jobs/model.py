@@ -25,7 +25,7 @@ from segraft.inference import AVERAGING, label_map, sliding_scores
 from segraft.jobs.cases import Served
 from segraft.jobs.locating import file_in, holds_base
 from segraft.jobs.preparing import require_same_channels, takes_missing_channels
-from segraft.networks import NETWORKS, Base, Loaded, build, load_base, load_checkpoint, read_base
+from segraft.networks import Base, Loaded, build, load_base, load_checkpoint, read_base
 from segraft.networks.bases import FILE_NAME
 from segraft.networks.encoder_files import holds_encoder, require_segmenting
 from segraft.networks.heads import START_SEED, Outputs, PickedOutputs, take_outputs
@@ -221,12 +221,21 @@ def load_base_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> 
     """
     where, described = base_file_of(header, base), header.record["base"]
     outputs = Outputs.of(described)
-    if (where.name == FILE_NAME or holds_base(where)) and not holds_encoder(read_base(where).record):
+    if _is_base_itself(where, described):
         net, info = load_base(where)
         return with_outputs(net, info, outputs), Served.of(info.record)
     net = build_from_start(described["network"], described["arguments"])
     load_checkpoint(net, where, outputs=outputs)
     return net.eval(), Served.by_weights(where)
+
+
+def _is_base_itself(path: Path, described: Mapping[str, Any]) -> bool:
+    """Whether a file is the base that an adapter's record describes, and not weights that another network was given."""
+    if path.name != FILE_NAME and not holds_base(path):
+        return False
+    info = read_base(path)
+    built = (described["network"], described["arguments"])
+    return not holds_encoder(info.record) and (info.network, info.arguments) == built
 
 
 def base_file_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> Path:
@@ -283,14 +292,19 @@ def with_outputs(net: nn.Module, info: Base, outputs: Outputs | None) -> nn.Modu
     return take_outputs(net, info.arguments["out_channels"], rebuilt, outputs)
 
 
-def named_as_loaded(network: str, arguments: Mapping[str, Any], loaded: Loaded) -> tuple[str, dict[str, Any]]:
-    """By which name and arguments a network is built again that computes as it does after weights were loaded."""
+def named_as_loaded(
+    net: nn.Module, network: str, arguments: Mapping[str, Any], loaded: Loaded
+) -> tuple[str, dict[str, Any]]:
+    """By which name and arguments a network is built again that computes as `net` does after weights were loaded.
+
+    Raises:
+        SegraftError: it cannot be built so.
+    """
     if not loaded.original_merging:
         return network, dict(arguments)
-    from segraft.networks.swin import PATH
+    from segraft.networks.swin import named_as_before
 
-    known = NETWORKS[network].arguments if network in NETWORKS else {}
-    return PATH, {**known, **arguments}
+    return named_as_before(net, network, arguments)
 
 
 def task_record(labels: Labels, preparation: ScanPreparation, channels: Sequence[str] = ("",)) -> dict[str, Any]:

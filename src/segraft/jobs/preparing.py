@@ -14,6 +14,7 @@ from segraft.data.head import HEAD_SIZE
 from segraft.data.preparation import OWN_AXES, Preparation
 from segraft.data.scan_preparation import ScanPreparation
 from segraft.errors import SegraftError
+from segraft.networks.encoder_files import fixed_size
 from segraft.networks.heads import PickedOutputs
 from segraft.networks.registry import size_multiple, spatial_dims
 
@@ -43,7 +44,7 @@ def settle_preparation(
         given: the user's: whole, or only the fields that are to differ from the base's (or from the defaults).
         inherited: what the base was trained with.
         net: for its dimensions and the sizes it takes.
-        cases: for the patch size where neither says one, nor the network by its `image_size`: their median size, at
+        cases: for the patch size where neither says one, nor the network (`fixed_size`): their median size, at
             most 96 voxels along each axis in 3D and 512 in 2D, rounded up to what the network takes.
 
     Raises:
@@ -169,10 +170,10 @@ def _counted(channels: int) -> str:
 
 
 def _patch(preparation: Preparation, net: nn.Module, cases: Sequence[Case]) -> tuple[int, int, int]:
-    fixed = getattr(net, "image_size", None)  # of networks that take no other
+    fixed = fixed_size(net)
     if fixed is not None:
         across, along, *through = fixed
-        return int(across), int(along), int(through[0]) if through else 1
+        return across, along, through[0] if through else 1
     from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
     sizes = []

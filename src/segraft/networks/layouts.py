@@ -150,6 +150,11 @@ _OLD_RESIDUALS = {
 }
 """MONAI 0.8 made them in blocks that do not use them (research-contributions, issue 367)."""
 
+NEVER_RUN = "norms of a cross attention that is not there"
+"""What newer MONAI has in each block of a ViT, also where nothing runs it; files of older ones have none."""
+
+_UNUSED_NORMS = {NEVER_RUN: r"(vit\.)?blocks\.\d+\.norm_cross_attn\."}
+
 LAYOUTS: tuple[Layout, ...] = (
     # supervised_clip_driven_universal_swin_unetr_2100.pth, supervised_suprem_swinunetr_2100.pth: `module.backbone.*`,
     # and heads that are computed from an embedding of each organ's name
@@ -209,10 +214,30 @@ LAYOUTS: tuple[Layout, ...] = (
         "encoder",
         of="ViT",
         has=(r"vit\.patch_embedding\.position_embeddings", r"mae_decoder\.mask_token"),
+        unused={"mae_decoder": r"mae_decoder\.", **_UNUSED_NORMS},
+    ),
+    # `vit.*` of MONAI's UNETR
+    Layout(
+        "encoder of a UNETR",
+        "encoder",
+        of="ViT",
+        has=(r"vit\.patch_embedding\.position_embeddings",),
+        lacks=(r"(?!vit\.).*",),
+        unused=_UNUSED_NORMS,
+    ),
+    # MONAI's ViT, and its ViTAutoEnc as the tutorial on self-supervised pre-training has it
+    Layout(
+        "vision transformer (MONAI)",
+        "encoder",
+        of="ViT",
+        has=(r"patch_embedding\.position_embeddings", r"blocks\.0\..*"),
+        lacks=(r"mask_tokens", r"(decoder|encoder|out)\w*\..*"),
         unused={
-            "mae_decoder": r"mae_decoder\.",
-            "norms of a cross attention that is not there": r"vit\.blocks\.\d+\.norm_cross_attn\.",
+            "class token and head": r"cls_token$|classification_head\.",
+            "reconstruction": r"conv3d_transpose(_1)?\.",
+            **_UNUSED_NORMS,
         },
+        renames=((r"^", "vit."),),
     ),
     # checkpoint_final.pth
     Layout(

@@ -179,6 +179,18 @@ def outline(
         return build(network, in_channels=in_channels, out_channels=out_channels, arguments=arguments)
 
 
+def parameters_of(network: str) -> dict[str, Any]:
+    """The arguments that a network takes by name, with their defaults as it has them; without one: `inspect`'s empty.
+
+    Raises:
+        SegraftError: an unknown name, or a path that does not import.
+    """
+    entry = NETWORKS.get(network) or NetworkEntry(network)
+    factory = _by_path(entry.factory) if isinstance(entry.factory, str) else entry.factory
+    defaults = {name: parameter.default for name, parameter in inspect.signature(factory).parameters.items()}
+    return {**defaults, **entry.arguments}
+
+
 def spatial_dims(net: nn.Module) -> int:
     """2 for a network whose convolutions are at most two-dimensional, else 3."""
     return 3 if any(isinstance(module, nn.Conv3d | nn.ConvTranspose3d) for module in net.modules()) else 2
