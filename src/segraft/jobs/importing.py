@@ -18,7 +18,7 @@ from segraft.networks import Loaded, load_checkpoint, save_base
 from segraft.networks.bases import FILE_NAME
 from segraft.networks.checkpoints import Contents, contents
 from segraft.networks.encoder_files import with_sizes
-from segraft.networks.heads import BACKGROUND
+from segraft.networks.heads import BACKGROUND, Outputs, take_outputs
 from segraft.networks.layouts import known_labels
 from segraft.structures import same_name
 
@@ -113,6 +113,9 @@ def random_base(
 ) -> Path:
     """Write `out/base.safetensors` with a network that was never trained, the same each time: to train from scratch.
 
+    What weights of an encoder leave as it starts, decoder and head, starts here likewise, so that trainings with and
+    without such weights differ in the encoder alone.
+
     Args:
         out: folder to write to.
         network: a key of `segraft.networks.NETWORKS`, or `package.module:Class`.
@@ -124,11 +127,12 @@ def random_base(
         The path of the base, which can be adapted, but by itself segments nothing.
 
     Raises:
-        SegraftError: the network cannot be built, or there is a base already.
+        SegraftError: the network cannot be built or names no head, or there is a base already.
     """
     folder = RunFolder(Path(out), FILE_NAME, resume=False, overwrite=overwrite)
     arguments = {"in_channels": 1, **(network_arguments or {}), "out_channels": len(labels)}
-    net = build_from_start(network, arguments)
+    start = build_from_start(network, arguments)
+    net = take_outputs(start, len(labels), build_from_start(network, arguments), Outputs((None,) * len(labels)))
     record = {
         "labels": {str(number): name for number, name in enumerate(labels, start=1)},
         "untrained": {"outputs": list(range(len(labels))), "parts": []},
