@@ -21,6 +21,7 @@ from segraft.jobs.model import build_from_start, with_outputs
 from segraft.jobs.params import for_channels
 from segraft.jobs.preparing import require_same_channels, require_same_order
 from segraft.jobs.run_folder import RunFolder, versions
+from segraft.jobs.starting import draw_start
 from segraft.jobs.training_set import training_set
 from segraft.networks import Base, load_base, load_checkpoint, read_base
 from segraft.networks.bases import FILE_NAME
@@ -150,6 +151,7 @@ class BaseSource:
             frozenset(new),
             tuple(untrained.get("parts", ())),
             (*notes, *self._by_position(outputs, labels, names), *output_notes(outputs, labels)),
+            bool(untrained.get("random")),
         )
 
     def _by_position(self, outputs: Outputs | None, labels: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -200,6 +202,7 @@ class LoadedBase:
         new: places of the labels whose outputs start at random.
         untrained: further parts and layers of the network that do.
         notes: what the user should know of it.
+        random: all of it starts at random.
     """
 
     net: nn.Module
@@ -209,6 +212,7 @@ class LoadedBase:
     new: frozenset[int]
     untrained: tuple[str, ...]
     notes: tuple[str, ...]
+    random: bool = False
 
     def require_training(self, labels: Sequence[str]) -> None:
         """Refuse, after grafting, an adapter that leaves as it is what starts at random.
@@ -295,6 +299,7 @@ def adapt(
     require_parts(net, spec.train)
     adapters.graft(net, spec, seed=settings.seed)
     loaded.require_training(tuple(asked.values()))
+    draw_start(loaded, settings.seed)
     regions(net, settings.recompute)  # a wrong name is told before scans are read
     # Scans whose labels nobody has read yet train as well as others: only a draw prefers those that are new.
     avoid = None if shots is None and loaded.served.unlabelled else loaded.served

@@ -135,7 +135,7 @@ def random_base(
     net = take_outputs(start, len(labels), build_from_start(network, arguments), Outputs((None,) * len(labels)))
     record = {
         "labels": {str(number): name for number, name in enumerate(labels, start=1)},
-        "untrained": {"outputs": list(range(len(labels))), "parts": []},
+        "untrained": {"outputs": list(range(len(labels))), "parts": [], "random": True},
         "versions": versions(),
     }
     return save_base(net, folder.path, network=network, arguments=arguments, record=record).path

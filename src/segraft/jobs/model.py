@@ -267,13 +267,14 @@ def build_from(network: str, arguments: Mapping[str, Any]) -> nn.Module:
     return build(network, **channels, arguments=rest)
 
 
-def build_from_start(network: str, arguments: Mapping[str, Any]) -> nn.Module:
+def build_from_start(network: str, arguments: Mapping[str, Any], *, seed: int = START_SEED) -> nn.Module:
     """The same with random weights that are the same each time, and leave the global generator as it was.
 
-    What weights from elsewhere do not hold stays at this start, and an adapter knows its base by a fingerprint of all.
+    What weights from elsewhere do not hold stays at this start, and an adapter knows its base by a fingerprint of all:
+    a base always starts from `START_SEED`.
     """
     before = torch.get_rng_state()
-    torch.default_generator.manual_seed(START_SEED)  # of the CPU alone, where networks are built
+    torch.default_generator.manual_seed(seed)  # of the CPU alone, where networks are built
     try:
         return build_from(network, arguments)
     finally:
