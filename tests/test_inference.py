@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from segraft.errors import SegraftError
-from segraft.inference import label_map, sliding_probability
+from segraft.inference import AVERAGING, label_map, sliding_scores
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -33,7 +33,7 @@ def direct(image: Tensor) -> Tensor:
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_pointwise_network_is_the_same_in_patches(patch, overlap, batch):
     image, net = noise(1, 17, 11, 13), Pointwise()
-    found = sliding_probability(net, image, patch, overlap=overlap, batch=batch)
+    found = sliding_scores(net, image, patch, overlap=overlap, batch=batch)
     assert found.dtype == torch.float32
     assert not found.is_inference() or not found.requires_grad
     torch.testing.assert_close(found, direct(image), rtol=0, atol=1e-5)
@@ -44,7 +44,7 @@ def test_a_pointwise_network_is_the_same_in_patches(patch, overlap, batch):
 @pytest.mark.parametrize("size", [(5, 8, 3), (1, 1, 1), (8, 8, 7), (16, 2, 9)])
 def test_an_image_smaller_than_the_patch_is_padded(size):
     image, net = noise(1, *size), Pointwise()
-    found = sliding_probability(net, image, (8, 8, 8))
+    found = sliding_scores(net, image, (8, 8, 8))
     assert found.shape == (2, *size)
     torch.testing.assert_close(found, direct(image), rtol=0, atol=1e-5)
     assert {shape[2:] for shape in net.shapes} == {(8, 8, 8)}
@@ -58,7 +58,7 @@ def test_padding_is_zero():
             return torch.ones_like(image) * image.sum((2, 3, 4), keepdim=True)
 
     image = noise(1, 3, 4, 5)
-    found = sliding_probability(Sum(), image, (8, 8, 8))
+    found = sliding_scores(Sum(), image, (8, 8, 8))
     torch.testing.assert_close(found, torch.sigmoid(image.sum()).expand(1, 3, 4, 5))
 
 
@@ -68,7 +68,7 @@ def test_flat_patches_are_slice_by_slice(batch):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 3, 3, padding=1)).eval()
     image = noise(1, 8, 6, 5)
-    found = sliding_probability(net, image, (8, 6, 1), batch=batch)
+    found = sliding_scores(net, image, (8, 6, 1), batch=batch)
     assert found.shape == (3, 8, 6, 5)
     for z in range(5):
         expected = torch.sigmoid(net(image[None, ..., z]))[0]
@@ -77,7 +77,7 @@ def test_flat_patches_are_slice_by_slice(batch):
 
 def test_flat_patches_of_larger_slices():
     image, net = noise(1, 13, 9, 4), Pointwise()
-    found = sliding_probability(net, image, (8, 4, 1))
+    found = sliding_scores(net, image, (8, 4, 1))
     torch.testing.assert_close(found, direct(image), rtol=0, atol=1e-5)
     assert {shape[1:] for shape in net.shapes} == {(1, 8, 4)}
 
@@ -90,7 +90,7 @@ def test_the_middle_of_a_patch_weighs_more_than_its_border():
             ramp = torch.linspace(-4, 4, image.shape[2]).reshape(1, 1, -1, 1, 1)
             return ramp.expand(image.shape)
 
-    found = sliding_probability(Ramp(), noise(1, 12, 8, 8), (8, 8, 8), overlap=0.5)[0, :, 4, 4]
+    found = sliding_scores(Ramp(), noise(1, 12, 8, 8), (8, 8, 8), overlap=0.5)[0, :, 4, 4]
     ramp = torch.sigmoid(torch.linspace(-4, 4, 8))
     # Voxel 4 is the fifth of the first patch, near its middle, and the first of the second.
     assert abs(found[4] - ramp[4]) < 0.2 * abs(found[4] - ramp[0])
@@ -102,8 +102,8 @@ def test_half_precision_is_near_and_gives_float32(precision, tolerance):
     torch.manual_seed(0)
     net = nn.Conv3d(1, 2, 3, padding=1).eval()
     image = noise(1, 8, 8, 8)
-    exact = sliding_probability(net, image, (8, 8, 8))
-    found = sliding_probability(net, image, (8, 8, 8), precision=precision)
+    exact = sliding_scores(net, image, (8, 8, 8))
+    found = sliding_scores(net, image, (8, 8, 8), precision=precision)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, exact, rtol=0, atol=tolerance)
     assert not torch.equal(found, exact)
@@ -116,10 +116,10 @@ def test_nan_is_refused(patch):
             return torch.where(image > 2, torch.nan, image)
 
     image = torch.zeros(1, 8, 8, 8)
-    assert sliding_probability(Broken(), image, patch).shape == (1, 8, 8, 8)
+    assert sliding_scores(Broken(), image, patch).shape == (1, 8, 8, 8)
     image[0, 3, 3, 3] = 5
     with pytest.raises(SegraftError, match="not finite on this scan"):
-        sliding_probability(Broken(), image, patch)
+        sliding_scores(Broken(), image, patch)
 
 
 def test_infinite_logits_are_certain():
@@ -128,7 +128,7 @@ def test_infinite_logits_are_certain():
             return torch.where(image > 0, torch.inf, -torch.inf)
 
     image = noise(1, 8, 8, 8)
-    assert torch.equal(sliding_probability(Certain(), image, (8, 8, 8)), (image > 0).float())
+    assert torch.equal(sliding_scores(Certain(), image, (8, 8, 8)), (image > 0).float())
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,34 @@ def test_a_missing_channel_is_missing_in_every_patch(patch):
     """Also where a patch reaches beyond the scan, which is padded with zeros."""
     image, net = noise(3, 9, 11, 7), Together()
     image[1] = torch.nan
-    found = sliding_probability(net, image, patch)
+    found = sliding_scores(net, image, patch)
     assert not net.in_part
     torch.testing.assert_close(found[0], torch.sigmoid(image[0] + image[2]), rtol=0, atol=1e-5)
     assert torch.isnan(image[1]).all(), "the scan is left as it was"
+
+
+def test_of_logits_the_larger_counts_where_both_probabilities_are_one():
+    logits = torch.tensor([[30.0], [40.0]])[:, :, None, None]
+    assert label_map(logits, (1, 2), AVERAGING["bare logit"].threshold).item() == 2
+    assert label_map(-logits, (1, 2), AVERAGING["bare logit"].threshold).item() == 0
+
+
+class Sided(nn.Module):
+    """Logits are the place along X, and so not the same when mirrored."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.arange(image.shape[2], dtype=torch.float32).reshape(1, 1, -1, 1, 1).expand_as(image).clone()
+
+
+@pytest.mark.parametrize(("mirror", "expected"), [((), [0.0, 1, 2, 3]), ((0,), [1.5] * 4), ((0, 2), [1.5] * 4)])
+def test_mirrored_scores_are_averaged(mirror, expected):
+    found = sliding_scores(Sided(), torch.zeros(1, 4, 4, 4), (4, 4, 4), average="bare logit", mirror=mirror)
+    torch.testing.assert_close(found[0, :, 0, 0], torch.tensor(expected))
+
+
+@pytest.mark.parametrize("shape", [(4, 9, 7), (3, 20, 8), (11, 8, 8)])
+@pytest.mark.parametrize("patch", [(4, 8, 8), (4, 8, 1)])
+def test_even_windows_see_every_voxel_and_only_the_scan(shape, patch):
+    image = torch.randn(1, *shape)
+    found = sliding_scores(nn.Identity(), image, patch, average="bare logit", windows="even")
+    torch.testing.assert_close(found, image)

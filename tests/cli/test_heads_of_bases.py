@@ -161,3 +161,13 @@ def test_what_is_refused(refused, work, tmp_path, options, says):
     write_base(tmp_path / "base", ("core", "rim"))
     given = ("--base", tmp_path / "base", "--data", work / "D", *SHORT)
     refused("adapt", *given, *options, "--out", tmp_path / "run", says=says)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_new_outputs_of_a_base_with_fewer_start_as_the_seed_says(segraft, work, tmp_path, seed):
+    write_base(tmp_path / "base", ("core",))
+    given = ("adapt", "--base", tmp_path / "base", "--data", work / "D", *SHORT, "--train", "head", "--seed", str(seed))
+    made = segraft(*given, "--out", tmp_path / "run")
+    assert made.code == 0, made.err
+    told = segraft("predict", tmp_path / "run", work / "D" / "imagesTr" / "p7.nii.gz", "-o", tmp_path / "mask.nii")
+    assert told.code == 0, told.err

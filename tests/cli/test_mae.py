@@ -180,7 +180,7 @@ def test_weights_of_another_size_are_refused(refused, encoder, work, tmp_path):
     refused(
         *("adapt", *UNETR, "--weights", encoder, *UNETR_ARGUMENTS, "--data", work / "D", "--labels", "1"),
         *("--device", "cpu", "--out", tmp_path / "run"),
-        says=["patches 2, this network 1", "img_size"],
+        says=["img size 32×16×16, this network 16×16×16", '"img_size": [32, 16, 16]'],
     )
 
 

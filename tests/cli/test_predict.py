@@ -178,13 +178,13 @@ def test_patches_overlap_as_the_preparation_says(segraft, work, tmp_path, monkey
     from segraft.jobs import model
 
     seen = []
-    sliding = model.sliding_probability
+    sliding = model.sliding_scores
 
     def spy(*arguments, **options):
         seen.append(options["overlap"])
         return sliding(*arguments, **options)
 
-    monkeypatch.setattr(model, "sliding_probability", spy)
+    monkeypatch.setattr(model, "sliding_scores", spy)
     options = ("--base", work / "base", "--data", work / "D", "--labels", "2", "--shots", "1", "--epochs", "1")
     assert segraft("adapt", *options, "--device", "cpu", "--overlap", "0.25", "--out", tmp_path / "run").code == 0
     scan = next((work / "D" / "imagesTr").iterdir())

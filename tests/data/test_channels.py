@@ -17,6 +17,7 @@ from segraft.data.cohort import Case, Cohort
 from segraft.data.labels import Labels
 from segraft.data.patches import PatchSource
 from segraft.data.preparation import Percentiles, Preparation, Window, prepare_case, prepare_scan
+from segraft.data.scan_preparation import recorded_preparation
 from segraft.errors import SegraftError
 
 SHAPE = (10, 9, 8)
@@ -285,7 +286,7 @@ class TestPreparation:
         np.testing.assert_allclose(prepared[0], (VOLUMES["FLAIR"] / 50).clip(0, 1), atol=1e-6)
         low, high = np.percentile(VOLUMES["T1"].astype(float), [5, 99.5])
         np.testing.assert_allclose(prepared[1], ((VOLUMES["T1"] - low) / (high - low)).clip(0, 1), atol=1e-5)
-        assert Preparation.from_record(each.model_dump(mode="json"), "x") == each
+        assert recorded_preparation(each.model_dump(mode="json"), "x") == each
         with pytest.raises(SegraftError, match="2 intensity settings were given for 3 channels"):
             prepare_scan(scan_of(tmp_path, *VOLUMES.values()), each)
 
@@ -367,7 +368,7 @@ class TestPatches:
 
     @pytest.mark.parametrize("augmentation", ["none", "standard", "elastic"])
     def test_one_geometry_for_all_channels(self, case, augmentation, monkeypatch):
-        monkeypatch.setattr("segraft.data.augmentation.Augmentation.recolour", lambda *_: None)
+        monkeypatch.setattr("segraft.data.augmentation.Augmentation.recolour", lambda *_, **__: None)
         preparation = Preparation(intensity=self.PLAIN, patch=(6, 5, 4))
         patches = PatchSource([case], preparation, [1], seed=3, patches_per_volume=20, augmentation=augmentation)
         image = patches[0, 0]["image"]

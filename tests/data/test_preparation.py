@@ -19,6 +19,7 @@ from segraft.data.preparation import (
     prepare_image,
     to_input_grid,
 )
+from segraft.data.scan_preparation import recorded_preparation
 from segraft.errors import SegraftError
 
 ORIENTATIONS = st.permutations(["LR", "PA", "IS"]).flatmap(
@@ -244,10 +245,10 @@ def test_a_scan_that_is_no_head_is_named(write_case):
 def test_records_from_before_heads_still_load():
     record = Preparation(patch=(64, 64, 1)).model_dump(mode="json")
     del record["head"]
-    assert Preparation.from_record(record, "old.safetensors") == Preparation(patch=(64, 64, 1))
+    assert recorded_preparation(record, "old.safetensors") == Preparation(patch=(64, 64, 1))
 
 
 def test_records_of_one_channel_are_as_before_several():
     assert "channel_grids" not in Preparation(patch=(64, 64, 1)).model_dump(mode="json")
     several = Preparation(channel_grids="resample", intensity=(Window(low=0, high=1), Percentiles()))
-    assert Preparation.from_record(several.model_dump(mode="json"), "new.safetensors") == several
+    assert recorded_preparation(several.model_dump(mode="json"), "new.safetensors") == several

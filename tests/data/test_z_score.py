@@ -11,8 +11,9 @@ from segraft.data.augmentation import Augmentation
 from segraft.data.channels import load_channels
 from segraft.data.cohort import Case
 from segraft.data.preparation import Preparation, ZScore, prepare_image, prepare_scan
+from segraft.data.scan_preparation import recorded_preparation
 from segraft.errors import SegraftError
-from segraft.inference import sliding_probability
+from segraft.inference import sliding_scores
 from segraft.jobs.prepare_view import show_preparation
 from segraft.jobs.preparing import settle_preparation
 from segraft.networks import UNet
@@ -82,7 +83,7 @@ def test_records_are_as_before_where_nothing_is_asked():
     record = Preparation().model_dump(mode="json")
     assert not {"average", "weights"} & set(record)
     other = Preparation(average="logit", weights="constant", intensity=ZScore(nonzero=True), **OWN)
-    assert Preparation.from_record(other.model_dump(mode="json"), "file") == other
+    assert recorded_preparation(other.model_dump(mode="json"), "file") == other
 
 
 def test_contrast_below_zero_mirrors_that_above():
@@ -111,8 +112,8 @@ def test_logits_are_averaged_before_the_sigmoid(weights):
             return place.expand(*image.shape[2:]).expand(len(image), 1, *image.shape[2:]).clone()
 
     image = torch.rand(1, 12, 8, 8)
-    logits = sliding_probability(Place(), image, (8, 8, 8), average="logit", weights=weights).logit()[0, :, 0, 0]
-    both = sliding_probability(Place(), image, (8, 8, 8), weights=weights)[0, :, 0, 0]
+    logits = sliding_scores(Place(), image, (8, 8, 8), average="logit", weights=weights).logit()[0, :, 0, 0]
+    both = sliding_scores(Place(), image, (8, 8, 8), weights=weights)[0, :, 0, 0]
     first, second = torch.linspace(-4, 4, 8)[4:], torch.linspace(-4, 4, 8)[:4]
     if weights == "constant":
         torch.testing.assert_close(logits[4:8], (first + second) / 2, atol=1e-4, rtol=0)

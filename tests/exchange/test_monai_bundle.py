@@ -28,7 +28,7 @@ from tests.exchange.bundles import (
 from segraft.data.preparation import Window, ZScore, prepare_image
 from segraft.errors import SegraftError
 from segraft.exchange.opening import open_base
-from segraft.inference import label_map, sliding_probability
+from segraft.inference import label_map, sliding_scores
 from segraft.jobs import load_model
 from segraft.networks.heads import find_head
 
@@ -86,7 +86,7 @@ def test_masks_of_several_labels_differ_by_interpolation_alone(tmp_path):
     model = load_model(f"monai:{bundle}")
     item, _ = monai_item(bundle, scan)
     image = prepare_image(scan, model.preparation).as_tensor()
-    found = sliding_probability(model.net, image, (32, 32, 32), average="logit")
+    found = sliding_scores(model.net, image, (32, 32, 32), average="logit")
     assert torch.equal(label_map(found, (1, 2)), item["pred"].argmax(0).as_tensor())
     theirs, ours = monai_mask(bundle, scan), model.segment(scan).mask
     assert min(dice(ours, theirs, value) for value in (0, 1, 2) if (theirs == value).sum() > 500) > 0.98

@@ -110,10 +110,10 @@ def test_a_foundation_model_becomes_a_base(tmp_path, fseft):
 def test_the_networks_own_arguments_are_written_down():
     """`swin_unetr` is one of feature size 48, MONAI's class by its path is not."""
     original, plain = (Loaded(Path("w.pt"), "", 1, original_merging=flag) for flag in (True, False))
-    given = {"out_channels": 2, "window_size": 4}
-    assert named_as_loaded("swin_unetr", given, original) == (PATH, {"feature_size": 48, **given})
-    assert named_as_loaded("monai.networks.nets:SwinUNETR", given, original) == (PATH, given)
-    assert named_as_loaded("swin_unetr", given, plain) == ("swin_unetr", given)
+    given, net = {"out_channels": 2, "window_size": 4}, swin(2)
+    assert named_as_loaded(net, "swin_unetr", given, original) == (PATH, {"feature_size": 48, **given})
+    assert named_as_loaded(net, "monai.networks.nets:SwinUNETR", given, original) == (PATH, given)
+    assert named_as_loaded(net, "swin_unetr", given, plain) == ("swin_unetr", given)
 
 
 def test_some_of_its_labels(tmp_path, fseft):

@@ -359,7 +359,7 @@ def test_its_file_goes_on_as_itself(encoder):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"img_size": [32, 32, 32]}, "patches 4, this network 8 .give both the same img_size"),
+        ({"img_size": [32, 32, 32]}, r"img size 32×16×32, this network 32×32×32 .*\"img_size\": \[32, 16, 32\]"),
         ({"hidden_size": 48}, "hidden size 24, this network 48"),
         ({"mlp_dim": 96}, "mlp dim 48, this network 96"),
         ({"in_channels": 4}, "in channels 1, this network 4 .take a network that encodes channels one by one"),

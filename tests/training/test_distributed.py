@@ -24,7 +24,7 @@ from segraft.data.patches import EpochSampler, PatchSource, shares
 from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
 from segraft.jobs import adapt, pretrain
-from segraft.jobs.adapting import ADAPTING
+from segraft.jobs.adapting import adapting_settings
 from segraft.networks import UNet
 from segraft.training import fit as fitting
 from segraft.training.batch_norms import batch_norms_together
@@ -198,7 +198,7 @@ NETWORKS_OF_A_USER = """
 import os, signal
 from segraft.errors import SegraftError
 from segraft.jobs import adapt, pretrain
-from segraft.jobs.adapting import ADAPTING
+from segraft.jobs.adapting import adapting_settings
 from segraft.networks import UNet
 
 class Failing(UNet):
@@ -234,7 +234,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 TINY: dict[str, Any] = {"network_arguments": {"widths": [4, 8]}, "preparation": {"patch": [8, 8, 8]}}
-SHORT = check_settings(**ADAPTING | {"epochs": 3, "device": "cpu"})
+SHORT = adapting_settings(epochs=3, device="cpu")
 
 
 def adapting(work: Path, out: str, *more: object) -> list[object]:

@@ -13,7 +13,8 @@ from torch.utils.data import Dataset, Sampler
 from segraft.data.augmentation import AUGMENTATIONS, cut
 from segraft.data.cohort import Case
 from segraft.data.labels import Labels
-from segraft.data.preparation import Preparation, prepare_positions
+from segraft.data.preparation import prepare_positions
+from segraft.data.scan_preparation import ScanPreparation
 from segraft.errors import SegraftError
 
 
@@ -35,7 +36,7 @@ class PatchSource(Dataset[dict[str, Any]]):
     def __init__(
         self,
         cases: Sequence[Case],
-        preparation: Preparation,
+        preparation: ScanPreparation,
         labels: Collection[int],
         *,
         seed: int,
@@ -55,8 +56,8 @@ class PatchSource(Dataset[dict[str, Any]]):
             patches_per_volume: N, patches per item.
             foreground_fraction: share of patches centred on foreground, 0…1.
             augmentation: how to vary patches, a key of `AUGMENTATIONS`.
-            flip_axes: axes of the prepared volume along which patches may be mirrored. None: left-right alone,
-                the body's one near symmetry. Empty where a label has a side ("left kidney").
+            flip_axes: axes of the prepared volume along which patches may be mirrored. None: the preparation's. Empty
+                where a label has a side ("left kidney").
             watch: passes the cases on while they are prepared, to show progress.
 
         Raises:
@@ -78,7 +79,7 @@ class PatchSource(Dataset[dict[str, Any]]):
         self._patches = patches_per_volume
         self._fraction = foreground_fraction
         if flip_axes is None:
-            flip_axes = [axis for axis, code in enumerate(preparation.orientation) if code in "LR"]
+            flip_axes = preparation.flip_axes
         kind = AUGMENTATIONS[augmentation]
         self._augmentation = None if kind is None else kind(tuple(flip_axes))
         self._volumes = [_volume(case, preparation, self.labels) for case in watch(cases)]
@@ -215,7 +216,7 @@ class _Volume:
         return np.array(np.unravel_index(flat, self.positions.shape))
 
 
-def _volume(case: Case, preparation: Preparation, labels: Labels) -> _Volume:
+def _volume(case: Case, preparation: ScanPreparation, labels: Labels) -> _Volume:
     prepared, moved = prepare_positions(case, preparation, labels)
     missing = [max(0, size - have) for size, have in zip(preparation.patch, moved.shape, strict=True)]
     margins = [(gap // 2, gap - gap // 2) for gap in missing]

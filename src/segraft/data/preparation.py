@@ -1,8 +1,8 @@
 """From a scan as it was taken to what a network sees, and from the network's grid back to the scan's."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import nibabel as nib
 import numpy as np
@@ -20,7 +20,6 @@ from pydantic import (
     PositiveInt,
     SerializerFunctionWrapHandler,
     Tag,
-    ValidationError,
     field_validator,
     model_serializer,
     model_validator,
@@ -33,6 +32,7 @@ from segraft.data.labels import Labels
 from segraft.data.levelling import levelling_of
 from segraft.data.nifti import same_grid
 from segraft.data.resampling import resample
+from segraft.data.scan_preparation import ScanPreparation
 from segraft.errors import SegraftError
 
 _AXES = (("L", "R"), ("P", "A"), ("I", "S"))
@@ -114,6 +114,8 @@ class Preparation(_Settings):
         weights: of patches there: larger towards their centres, or the same throughout.
     """
 
+    CHANGEABLE: ClassVar[frozenset[str] | None] = None
+
     head: bool = False
     orientation: str = "RAS"
     spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
@@ -124,21 +126,6 @@ class Preparation(_Settings):
     overlap: float = Field(default=0.5, ge=0, lt=1)
     average: Literal["probability", "logit"] = "probability"
     weights: Literal["gaussian", "constant"] = "gaussian"
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any], path: str | Path) -> "Preparation":
-        """The preparation that the file at `path` has recorded.
-
-        Raises:
-            SegraftError: the record is none of a preparation, or of a later version.
-        """
-        try:
-            return cls(**record)
-        except (ValidationError, TypeError) as error:
-            raise SegraftError(
-                f"{path} does not say how its scans were prepared in a way that this version knows: update segraft, or "
-                "make the file again."
-            ) from error
 
     @model_serializer(mode="wrap")
     def _without_later_defaults(self, values_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -177,8 +164,35 @@ class Preparation(_Settings):
             )
         return self.intensity
 
+    @property
+    def windows(self) -> str:
+        """Where these lie."""
+        return "dense"
 
-def prepare_image(path: str | Path, preparation: Preparation) -> MetaTensor:
+    @property
+    def mirror_axes(self) -> tuple[int, ...]:
+        """They are not mirrored."""
+        return ()
+
+    @property
+    def flip_axes(self) -> tuple[int, ...]:
+        """Left-right alone, the body's one near symmetry."""
+        return tuple(axis for axis, code in enumerate(self.orientation) if code in "LR")
+
+    def without_mirroring(self) -> Self:
+        """The same, as patches are not mirrored where scans are segmented."""
+        return self
+
+    def prepare(self, scan: Scan) -> MetaTensor:
+        """As `prepare_scan`."""
+        return _prepared(scan, self)
+
+    def to_scan(self, scores: torch.Tensor, affine: NDArray[np.float64], image: nib.Nifti1Image) -> torch.Tensor:
+        """As `to_input_grid`."""
+        return to_input_grid(scores, affine, image)
+
+
+def prepare_image(path: str | Path, preparation: ScanPreparation) -> MetaTensor:
     """Read a scan of one channel (a NIfTI file, or a folder of one DICOM series) and prepare it.
 
     Returns:
@@ -192,7 +206,7 @@ def prepare_image(path: str | Path, preparation: Preparation) -> MetaTensor:
     return prepare_scan(scan, preparation)
 
 
-def prepare_case(case: Case, preparation: Preparation, labels: Collection[int]) -> dict[str, torch.Tensor]:
+def prepare_case(case: Case, preparation: ScanPreparation, labels: Collection[int]) -> dict[str, torch.Tensor]:
     """Read and prepare a case with its label.
 
     Args:
@@ -213,7 +227,7 @@ def prepare_case(case: Case, preparation: Preparation, labels: Collection[int]) 
     return {"image": image, "label": planes.float()}
 
 
-def prepare_positions(case: Case, preparation: Preparation, labels: Labels) -> tuple[MetaTensor, torch.Tensor]:
+def prepare_positions(case: Case, preparation: ScanPreparation, labels: Labels) -> tuple[MetaTensor, torch.Tensor]:
     """As `prepare_case`, but the label as one uint8 volume [X, Y, Z] of places in `labels.membership()`.
 
     That is k where `labels.values_covered[k - 1]` is, and 0 elsewhere.
@@ -253,7 +267,7 @@ def to_input_grid(
     return resample(plain, _numpy(prepared_affine), image.shape, image.affine, mode="bilinear")
 
 
-def prepare_scan(scan: Scan, preparation: Preparation) -> MetaTensor:
+def prepare_scan(scan: Scan, preparation: ScanPreparation) -> MetaTensor:
     """Prepare a scan in memory.
 
     Returns:
@@ -264,6 +278,10 @@ def prepare_scan(scan: Scan, preparation: Preparation) -> MetaTensor:
         SegraftError: channels on several grids, unless they are to be resampled; a head of several channels; what
             `level_head` refuses; a channel in which the intensity setting leaves no contrast.
     """
+    return preparation.prepare(scan)
+
+
+def _prepared(scan: Scan, preparation: Preparation) -> MetaTensor:
     first, intensities = scan.first, preparation.intensities(len(scan.channels))
     there = {place: channel for place, channel in enumerate(scan.channels) if channel is not None}
     together = [place for place, channel in there.items() if same_grid(channel, first)]

@@ -10,13 +10,14 @@ from torch import nn
 
 from segraft.adapters import AdapterHeader
 from segraft.data.labels import Labels
-from segraft.data.preparation import Preparation
+from segraft.data.scan_preparation import ScanPreparation
 from segraft.errors import SegraftError
 
 FORMATS: dict[str, str] = {
     "peft": "segraft.exchange.peft_export:export_peft",
     "onnx": "segraft.exchange.onnx_export:export_onnx",
     "monai-bundle": "segraft.exchange.monai_export:write_bundle",
+    "nnunet": "segraft.exchange.nnunet_export:export_nnunet",
 }
 """Format -> `package.module:function`, an `Exporter`. To add a format, add one entry."""
 
@@ -45,7 +46,7 @@ class Finished:
     network: str
     arguments: Mapping[str, Any]
     labels: Labels
-    preparation: Preparation
+    preparation: ScanPreparation
     channels: tuple[str, ...]
     grafted: Callable[[], nn.Module] = field(repr=False)
     merged: Callable[[], nn.Module] = field(repr=False)

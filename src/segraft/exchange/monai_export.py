@@ -33,9 +33,14 @@ def write_bundle(finished: Finished, folder: Path) -> tuple[str, ...]:
     Raises:
         SegraftError: MONAI has no transforms for the preparation, or the adapter cannot be merged.
     """
-    channels = len(finished.channels)
+    channels, preparation = len(finished.channels), finished.preparation
+    if not isinstance(preparation, Preparation):
+        raise SegraftError(
+            f"{finished.source} cannot become a MONAI bundle, as its scans are prepared by another tool, for "
+            "which MONAI has no transforms: give it back to that tool (--format nnunet)."
+        )
     try:
-        transforms = write_transforms(finished.preparation, channels)
+        transforms = write_transforms(preparation, channels)
     except SegraftError as error:
         raise SegraftError(f"{finished.source} cannot become a MONAI bundle: {error}") from error
     net = finished.merged()
@@ -43,8 +48,8 @@ def write_bundle(finished: Finished, folder: Path) -> tuple[str, ...]:
     if getattr(net, "takes_missing_channels", False) and channels > 1:
         notes.append("scans must have all channels in a bundle: MONAI does not read scans without one.")
     network, own = _network(net, finished)
-    inference = _inference(network, transforms, finished.preparation, finished.labels, channels)
-    described = _metadata(finished, [_target(part) for part in network.values()])
+    inference = _inference(network, transforms, preparation, finished.labels, channels)
+    described = _metadata(finished, preparation, [_target(part) for part in network.values()])
     for name, content in (("inference", inference), ("metadata", described)):
         _write(folder / "configs" / f"{name}.json", json.dumps(content, indent=4, ensure_ascii=False) + "\n")
     weights = folder / "models" / "model.pt"
@@ -210,11 +215,11 @@ def mask_expression(labels: Labels) -> str:
     return f"$lambda p: {painted}"
 
 
-def _metadata(finished: Finished, targets: list[str]) -> dict[str, Any]:
-    patch = list(finished.preparation.patch)
+def _metadata(finished: Finished, preparation: Preparation, targets: list[str]) -> dict[str, Any]:
+    patch = list(preparation.patch)
     shape = patch[:2] if patch[2] == 1 else patch
     names = list(finished.labels.values())
-    scaled = all(each.kind != "z_score" for each in finished.preparation.intensities(len(finished.channels)))
+    scaled = all(each.kind != "z_score" for each in preparation.intensities(len(finished.channels)))
     tensor = {"type": "image", "spatial_shape": shape, "dtype": "float32", "is_patch_data": True}
     needed = {"nibabel": packages.version("nibabel")}
     needed |= {"segraft": __version__} if any(target.startswith("segraft.") for target in targets) else {}

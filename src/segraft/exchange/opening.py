@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from segraft.data.labels import Labels
-from segraft.data.preparation import Preparation
+from segraft.data.scan_preparation import ScanPreparation
 from segraft.errors import SegraftError
 from segraft.networks.heads import BACKGROUND
 
-SCHEMES: dict[str, str] = {"monai": "segraft.exchange.monai_bundle:open_bundle"}
+SCHEMES: dict[str, str] = {
+    "nnunet": "segraft.exchange.nnunet:open_nnunet",
+    "monai": "segraft.exchange.monai_bundle:open_bundle",
+}
 """Tool -> `package.module:function` that opens what it keeps, given the path and a fold (None: its usual one).
 
 To add a tool, add one entry: `tool:path` is then a base wherever a base is asked for.
@@ -39,7 +42,7 @@ class Opened:
     labels: Labels
     background: bool
     channels: tuple[str, ...]
-    preparation: Preparation | None
+    preparation: ScanPreparation | None
     notes: tuple[str, ...] = ()
 
     @property

@@ -12,9 +12,9 @@ from rich.console import Console
 from torch import nn
 
 from segraft import adapters
-from segraft.adapters import AdapterSpec, ParameterTable, parameter_table, parts_of
+from segraft.adapters import AdapterSpec, ParameterTable, parameter_table
 from segraft.data.cohort import Cohort
-from segraft.data.preparation import Preparation
+from segraft.data.scan_preparation import ScanPreparation, recorded_preparation
 from segraft.errors import SegraftError
 from segraft.exchange.opening import open_base, require_no_fold, scheme_of
 from segraft.jobs.cases import Served, choose, read_cohort
@@ -24,14 +24,16 @@ from segraft.jobs.model import build_from_start, with_inputs, with_outputs
 from segraft.jobs.params import for_channels
 from segraft.jobs.preparing import require_same_channels
 from segraft.jobs.run_folder import RunFolder, versions
+from segraft.jobs.starting import draw_start
 from segraft.jobs.training_set import training_set
 from segraft.networks import Base, load_base, load_checkpoint, read_base
 from segraft.networks.bases import FILE_NAME
-from segraft.networks.checkpoints import output_notes, position_notes, untrained_notes
-from segraft.networks.encoder_files import require_segmenting
+from segraft.networks.checkpoints import output_notes, position_notes
+from segraft.networks.encoder_files import require_segmenting, with_sizes
 from segraft.networks.heads import match_outputs, require_head, untrained_outputs
 from segraft.networks.inputs import Inputs, unseen
 from segraft.networks.registry import usual_names
+from segraft.networks.starting import own_prefixes, trained_by, untrained_notes
 from segraft.structures import same_name
 from segraft.training.distributed import Team
 from segraft.training.fit import Fit, check_device, check_precision, fit
@@ -109,7 +111,9 @@ class BaseSource:
             SegraftError: it does not exist, does not fit, takes other channels, or its outputs cannot be exchanged.
         """
         asked, fresh = tuple(labels.values()), self._fresh(labels)
-        if self.weights is None and scheme_of(self.base):
+        if scheme_of(self.base):
+            if self.weights is not None:
+                raise SegraftError(f"the base {self.base} has its own weights: leave --weights out.")
             return self._of_another_tool(asked, fresh, cohort)
         require_no_fold(self.fold, self.base)
         if self.weights is None:
@@ -158,7 +162,7 @@ class BaseSource:
         inputs, channel_notes = settle_inputs(takes, channels, cohort, self.inputs, who)
         described = {"network": info.network, "arguments": info.arguments, "path": str(info.path)}
         recorded = info.record.get("preparation")
-        preparation = None if recorded is None else Preparation.from_record(recorded, info.path)
+        preparation = None if recorded is None else recorded_preparation(recorded, info.path)
         names, count = tuple(self.labels) or _names(info), info.arguments["out_channels"]
         outputs = match_outputs(labels, names, count, fresh)
         if outputs is not None:
@@ -179,6 +183,7 @@ class BaseSource:
             frozenset(new),
             tuple(untrained.get("parts", ())),
             (*notes, *by_position, *output_notes(outputs, labels, fresh), *channel_notes),
+            bool(untrained.get("random")),
             inputs,
             seeing,
         )
@@ -189,6 +194,7 @@ class BaseSource:
         network, known = str(self.base), {"in_channels": len(self.channels)} if self.channels else {}
         given = {**known, **usual_names(network, self.arguments or {})}
         arguments = {"in_channels": len(cohort.channels), "out_channels": len(labels), **given}
+        arguments, size_notes = with_sizes(network, arguments, weights)
         if self.inputs is not None and "in_channels" not in given:
             arguments["in_channels"] = channels_held(network, arguments, weights) or arguments["in_channels"]
         inputs, notes = settle_inputs(
@@ -201,7 +207,7 @@ class BaseSource:
             if held is not None:  # the likeliest misfit, in plain words
                 require_same_channels(held, cohort.channels, str(weights), str(cohort.path), CURE)
             raise
-        return replace(loaded, notes=(*loaded.notes, *notes))
+        return replace(loaded, notes=(*size_notes, *loaded.notes, *notes))
 
     def _with_weights(
         self,
@@ -223,7 +229,8 @@ class BaseSource:
         net, seeing = with_inputs(net, network, arguments, inputs)
         described |= {} if inputs is None else inputs.record()
         served, notes = Served.by_weights(weights), loaded.notes(labels, fresh)
-        return LoadedBase(net, described, None, served, frozenset(new), loaded.untrained, notes, inputs, seeing)
+        base = LoadedBase(net, described, None, served, frozenset(new), loaded.untrained, notes)
+        return replace(base, inputs=inputs, seeing=seeing)
 
 
 @dataclass(frozen=True)
@@ -236,19 +243,21 @@ class LoadedBase:
         preparation: that it was trained with, where that is known.
         served: the images that trained it.
         new: places of the labels whose outputs start at random.
-        untrained: further parts of the network that do.
+        untrained: further parts and layers of the network that do.
         notes: what the user should know of it.
+        random: all of it starts at random.
         inputs: channels that the task's images take of it; None: its own.
         seeing: keys of the weights that see the image, where those changed.
     """
 
     net: nn.Module
     described: dict[str, Any]
-    preparation: Preparation | None
+    preparation: ScanPreparation | None
     served: Served
     new: frozenset[int]
     untrained: tuple[str, ...]
     notes: tuple[str, ...]
+    random: bool = False
     inputs: Inputs | None = None
     seeing: tuple[str, ...] = ()
 
@@ -260,11 +269,10 @@ class LoadedBase:
         """
         trained = [name for name, value in self.net.named_parameters() if value.requires_grad]
         for part in self.untrained:
-            prefixes = tuple(f"{prefix}." for prefix in parts_of(self.net)[part])
-            if not any(name.startswith(prefixes) for name in trained):
+            if not any(name.startswith(own_prefixes(self.net, part, self.untrained)) for name in trained):
                 raise SegraftError(
                     f"{self.described['path']} has no trained {part}, so it starts at random, but the adapter leaves "
-                    f"it frozen: train it, with --train {part}."
+                    f"it frozen: train it, with --train {trained_by(part, self.untrained)}."
                 )
         for key in self.seeing if self.inputs else ():
             blind = unseen(self.net, key, self.inputs.new) if self.inputs else []
@@ -300,7 +308,7 @@ def adapt(
     spec: AdapterSpec | None = None,
     labels: Sequence[str] = (),
     shots: int | Sequence[str] | None = None,
-    preparation: Preparation | Mapping[str, Any] | None = None,
+    preparation: ScanPreparation | Mapping[str, Any] | None = None,
     settings: TrainingSettings | None = None,
     patient_pattern: str | None = None,
     resume: bool = False,
@@ -347,6 +355,7 @@ def adapt(
     require_parts(net, spec.train)
     adapters.graft(net, spec, seed=settings.seed)
     loaded.require_training(tuple(asked.values()), cohort.channels)
+    draw_start(loaded, settings.seed)
     regions(net, settings.recompute)  # a wrong name is told before scans are read
     # Scans whose labels nobody has read yet train as well as others: only a draw prefers those that are new.
     avoid = None if shots is None and loaded.served.unlabelled else loaded.served

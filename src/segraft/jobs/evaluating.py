@@ -11,7 +11,7 @@ from segraft.data.checks import check_cases, load_case
 from segraft.data.cohort import Case, Cohort
 from segraft.data.labels import Labels
 from segraft.data.nifti import same_grid
-from segraft.data.preparation import Preparation
+from segraft.data.scan_preparation import ScanPreparation
 from segraft.errors import SegraftError
 from segraft.evaluation.metrics import spacing_of, volume_ml
 from segraft.evaluation.results import CaseResult, CaseVolumes, evaluate_planes, save_results
@@ -44,7 +44,7 @@ def evaluate(
     seed: int = 0,
     base: str | Path | None = None,
     fold: str | None = None,
-    preparation: Preparation | None = None,
+    preparation: ScanPreparation | None = None,
     patient_pattern: str | None = None,
     device: str = "auto",
     precision: str = "32",

@@ -17,7 +17,8 @@ from segraft.jobs.run_folder import RunFolder, versions
 from segraft.networks import Loaded, load_checkpoint, save_base
 from segraft.networks.bases import FILE_NAME
 from segraft.networks.checkpoints import Contents, contents
-from segraft.networks.heads import BACKGROUND
+from segraft.networks.encoder_files import with_sizes
+from segraft.networks.heads import BACKGROUND, Outputs, take_outputs
 from segraft.networks.layouts import known_labels
 from segraft.structures import same_name
 
@@ -74,7 +75,7 @@ def import_base(
             written then.
     """
     weights = Path(weights)
-    arguments = {"in_channels": 1, "out_channels": 1, **(network_arguments or {})}
+    arguments, taken = with_sizes(network, {"in_channels": 1, "out_channels": 1, **(network_arguments or {})}, weights)
     preparation = by_channel(preparation, None, ("",) * arguments["in_channels"], f"the network {network}")
     settled = preparation if isinstance(preparation, Preparation) else checked(preparation) if preparation else None
     folder = RunFolder(Path(out), FILE_NAME, resume=False, overwrite=overwrite)
@@ -84,8 +85,8 @@ def import_base(
     arguments["out_channels"] = len(wanted)
     net: nn.Module = build_from_start(network, arguments)
     loaded = load_checkpoint(net, weights, labels=wanted, names=file_names)
-    network, arguments = named_as_loaded(network, arguments, loaded)
-    notes = loaded.notes(wanted)
+    network, arguments = named_as_loaded(net, network, arguments, loaded)
+    notes = (*taken, *loaded.notes(wanted))
     new = () if loaded.outputs is None else loaded.outputs.new
     record: dict[str, Any] = {
         "labels": {str(number): name for number, name in enumerate(wanted, start=1)},
@@ -96,10 +97,48 @@ def import_base(
     if settled is not None:
         check_network(net, settled.patch, len(wanted), arguments["in_channels"])
         record["preparation"] = settled.model_dump(mode="json")
-    if loaded.kept:
+    if loaded.untrained or new:
         record["untrained"] = {"outputs": list(new), "parts": list(loaded.untrained)}
     base = save_base(net, folder.path, network=network, arguments=arguments, record=record)
     return Imported(base.path, base.fingerprint, dict(enumerate(wanted, start=1)), loaded, notes)
+
+
+def random_base(
+    out: str | Path,
+    *,
+    network: str,
+    network_arguments: Mapping[str, Any] | None = None,
+    labels: Sequence[str],
+    overwrite: bool = False,
+) -> Path:
+    """Write `out/base.safetensors` with a network that was never trained, the same each time: to train from scratch.
+
+    What weights of an encoder leave as it starts, decoder and head, starts here likewise, so that trainings with and
+    without such weights differ in the encoder alone.
+
+    Args:
+        out: folder to write to.
+        network: a key of `segraft.networks.NETWORKS`, or `package.module:Class`.
+        network_arguments: further keyword arguments of the network.
+        labels: names of its outputs.
+        overwrite: replace a base that is there.
+
+    Returns:
+        The path of the base, which can be adapted, but by itself segments nothing.
+
+    Raises:
+        SegraftError: the network cannot be built or names no head, or there is a base already.
+    """
+    folder = RunFolder(Path(out), FILE_NAME, resume=False, overwrite=overwrite)
+    arguments = {"in_channels": 1, **(network_arguments or {}), "out_channels": len(labels)}
+    start = build_from_start(network, arguments)
+    net = take_outputs(start, len(labels), build_from_start(network, arguments), Outputs((None,) * len(labels)))
+    record = {
+        "labels": {str(number): name for number, name in enumerate(labels, start=1)},
+        "untrained": {"outputs": list(range(len(labels))), "parts": [], "random": True},
+        "versions": versions(),
+    }
+    return save_base(net, folder.path, network=network, arguments=arguments, record=record).path
 
 
 def _names(found: Contents, given: tuple[str, ...], weights: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -9,6 +9,7 @@ from segraft import adapters
 from segraft.adapters import ParameterTable, parameter_table
 from segraft.data.labels import Labels
 from segraft.data.preparation import Preparation
+from segraft.data.scan_preparation import recorded_preparation
 from segraft.errors import SegraftError
 from segraft.exchange.opening import open_base, scheme_of
 from segraft.exchange.peft_folder import PeftFolder, read_peft
@@ -137,7 +138,7 @@ def _task(
             f"{base} does not say how scans are prepared for it, and PEFT has no place for that: say it (--patch, "
             "--spacing, --window, …)."
         )
-    settled = Preparation.from_record(task["preparation"], Path(base))
+    settled = recorded_preparation(task["preparation"], Path(base))
     names = Labels({int(value): name for value, name in task["labels"].items()})
     check_network(loaded.net, settled.patch, len(names), loaded.described["arguments"].get("in_channels", 1))
     return task

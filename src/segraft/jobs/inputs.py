@@ -99,8 +99,8 @@ def channels_held(network: str, arguments: Mapping[str, Any], weights: str | Pat
 def prepared_for(preparation: P, inputs: Inputs | None) -> P:
     """A base's preparation for the channels of a task: each that goes on keeps its setting.
 
-    A new one has the intensity that all of the base's channels have, else percentiles; of a base of nnU-Net's a z-score,
-    which is what nnU-Net gives channels that are no CT.
+    A new one has the intensity that all of the base's channels have, else percentiles; where nnU-Net prepares them, a
+    z-score, which is what it gives channels that are no CT.
     """
     settings: Any = preparation
     if inputs is None or settings is None:

@@ -1,25 +1,31 @@
 """Intensity settings that are said by the channel, once it is known which channels there are."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from segraft.data.channels import plain
 from segraft.data.preparation import Preparation
+from segraft.data.scan_preparation import ScanPreparation
 from segraft.errors import SegraftError
+
+_Given = TypeVar("_Given", bound=ScanPreparation)
 
 OTHERS = "*"
 """In place of a channel: those that are not named."""
 
 
 def by_channel(
-    given: Preparation | Mapping[str, Any] | None, inherited: Preparation | None, channels: Sequence[str], whose: str
-) -> Preparation | Mapping[str, Any] | None:
+    given: _Given | Mapping[str, Any] | None,
+    inherited: ScanPreparation | None,
+    channels: Sequence[str],
+    whose: str,
+) -> _Given | Mapping[str, Any] | None:
     """The same fields of a preparation, with one intensity setting per channel where they are said by the channel.
 
     Args:
         given: whose `intensity` may be {channel: setting}, the channel by its name or its place from 0, or "*" for all
             others. Where "*" is not there, others keep what the base was trained with, else the default.
-        inherited: what the base was trained with.
+        inherited: what the base was trained with; where that has no such settings, the fields stay as they are.
         channels: names of the channels, in order; empty ones where they have none.
         whose: what has the channels, for messages.
 
@@ -28,6 +34,8 @@ def by_channel(
     """
     asked = given.get("intensity") if isinstance(given, Mapping) else None
     if not isinstance(given, Mapping) or not isinstance(asked, Mapping) or "kind" in asked:
+        return given
+    if not isinstance(inherited, Preparation | None):
         return given
     others = asked.get(OTHERS)
     if others is None:

@@ -17,14 +17,15 @@ from segraft.data.channels import Files, Scan, numbered, plain
 from segraft.data.checks import check_scan, require_channels
 from segraft.data.cohort import Case
 from segraft.data.labels import Labels
-from segraft.data.preparation import Preparation, prepare_scan, to_input_grid
+from segraft.data.preparation import prepare_scan
+from segraft.data.scan_preparation import ScanPreparation, recorded_preparation
 from segraft.errors import SegraftError
 from segraft.exchange.opening import open_base, require_no_fold, scheme_of
-from segraft.inference import label_map, sliding_probability
+from segraft.inference import AVERAGING, label_map, sliding_scores
 from segraft.jobs.cases import Served
 from segraft.jobs.locating import file_in, holds_base
 from segraft.jobs.preparing import require_same_channels, takes_missing_channels
-from segraft.networks import NETWORKS, Base, Loaded, build, load_base, load_checkpoint, read_base
+from segraft.networks import Base, Loaded, build, load_base, load_checkpoint, read_base
 from segraft.networks.bases import FILE_NAME
 from segraft.networks.encoder_files import holds_encoder, require_segmenting
 from segraft.networks.heads import START_SEED, Outputs, PickedOutputs, take_outputs
@@ -69,7 +70,7 @@ class Model:
 
     net: nn.Module
     labels: Labels
-    preparation: Preparation
+    preparation: ScanPreparation
     adapted_on: Served
     pretrained_on: Served
     source: Path
@@ -112,20 +113,24 @@ class Model:
         image = prepare_scan(scan, self.preparation)
         where = resolve_device(device)
         check_precision(where, precision)
-        probability = sliding_probability(
+        prepared = self.preparation
+        scores = sliding_scores(
             self.net.to(where),
             image.as_tensor(),
-            self.preparation.patch,
-            overlap=self.preparation.overlap,
-            average=self.preparation.average,
-            weights=self.preparation.weights,
+            prepared.patch,
+            overlap=prepared.overlap,
+            average=prepared.average,
+            weights=prepared.weights,
+            windows=prepared.windows,
+            mirror=prepared.mirror_axes,
             device=where,
             precision=precision,
         )
-        on_grid = to_input_grid(probability, image.affine, scan.grid)
+        on_grid = prepared.to_scan(scores, image.affine.numpy(), scan.grid)
+        threshold = AVERAGING[prepared.average].threshold
         if not self.labels.regions:
-            return Segmentation(label_map(on_grid, tuple(self.labels)).numpy(), scan, {})
-        planes = {value: plane.numpy() for value, plane in zip(self.labels, on_grid >= 0.5, strict=True)}
+            return Segmentation(label_map(on_grid, tuple(self.labels), threshold).numpy(), scan, {})
+        planes = {value: plane.numpy() for value, plane in zip(self.labels, on_grid >= threshold, strict=True)}
         return Segmentation(self.labels.painted(planes), scan, planes)
 
     def pick(self, labels: Mapping[int, str], places: Sequence[int]) -> "Model":
@@ -149,7 +154,7 @@ def load_model(
     *,
     base: str | os.PathLike[str] | None = None,
     fold: str | None = None,
-    preparation: Preparation | None = None,
+    preparation: ScanPreparation | None = None,
 ) -> Model:
     """Read an adapter file with its base, or a base alone.
 
@@ -193,7 +198,7 @@ def load_model(
     return _model(net, path, header.record, channels, adapted_on=adapted_on, pretrained_on=pretrained_on)
 
 
-def _opened(path: str, fold: str | None, preparation: Preparation | None) -> Model:
+def _opened(path: str, fold: str | None, preparation: ScanPreparation | None) -> Model:
     """A network of another tool, as it is."""
     opened = open_base(path, fold=fold)
     names = tuple(opened.labels.values())
@@ -218,7 +223,7 @@ def load_base_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> 
     """
     where, described = base_file_of(header, base), header.record["base"]
     outputs, inputs = Outputs.of(described), Inputs.of(described)
-    if (where.name == FILE_NAME or holds_base(where)) and not holds_encoder(read_base(where).record):
+    if _is_base_itself(where, described):
         net, info = load_base(where)
         net = with_outputs(net, info, outputs)
         arguments = info.arguments | ({} if outputs is None else {"out_channels": len(outputs.rows)})
@@ -227,6 +232,15 @@ def load_base_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> 
     load_checkpoint(net, where, outputs=outputs)
     net, _ = with_inputs(net, described["network"], described["arguments"], inputs)
     return net.eval(), Served.by_weights(where)
+
+
+def _is_base_itself(path: Path, described: Mapping[str, Any]) -> bool:
+    """Whether a file is the base that an adapter's record describes, and not weights that another network was given."""
+    if path.name != FILE_NAME and not holds_base(path):
+        return False
+    info = read_base(path)
+    built = (described["network"], described["arguments"])
+    return not holds_encoder(info.record) and (info.network, info.arguments) == built
 
 
 def base_file_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> Path:
@@ -258,13 +272,14 @@ def build_from(network: str, arguments: Mapping[str, Any]) -> nn.Module:
     return build(network, **channels, arguments=rest)
 
 
-def build_from_start(network: str, arguments: Mapping[str, Any]) -> nn.Module:
+def build_from_start(network: str, arguments: Mapping[str, Any], *, seed: int = START_SEED) -> nn.Module:
     """The same with random weights that are the same each time, and leave the global generator as it was.
 
-    What weights from elsewhere do not hold stays at this start, and an adapter knows its base by a fingerprint of all.
+    What weights from elsewhere do not hold stays at this start, and an adapter knows its base by a fingerprint of all:
+    a base always starts from `START_SEED`.
     """
     before = torch.get_rng_state()
-    torch.default_generator.manual_seed(START_SEED)  # of the CPU alone, where networks are built
+    torch.default_generator.manual_seed(seed)  # of the CPU alone, where networks are built
     try:
         return build_from(network, arguments)
     finally:
@@ -326,17 +341,22 @@ def image_channels(described: Mapping[str, Any]) -> int:
     return int(described["arguments"].get("in_channels", 1)) if inputs is None else len(inputs.rows)
 
 
-def named_as_loaded(network: str, arguments: Mapping[str, Any], loaded: Loaded) -> tuple[str, dict[str, Any]]:
-    """By which name and arguments a network is built again that computes as it does after weights were loaded."""
+def named_as_loaded(
+    net: nn.Module, network: str, arguments: Mapping[str, Any], loaded: Loaded
+) -> tuple[str, dict[str, Any]]:
+    """By which name and arguments a network is built again that computes as `net` does after weights were loaded.
+
+    Raises:
+        SegraftError: it cannot be built so.
+    """
     if not loaded.original_merging:
         return network, dict(arguments)
-    from segraft.networks.swin import PATH
+    from segraft.networks.swin import named_as_before
 
-    known = NETWORKS[network].arguments if network in NETWORKS else {}
-    return PATH, {**known, **arguments}
+    return named_as_before(net, network, arguments)
 
 
-def task_record(labels: Labels, preparation: Preparation, channels: Sequence[str] = ("",)) -> dict[str, Any]:
+def task_record(labels: Labels, preparation: ScanPreparation, channels: Sequence[str] = ("",)) -> dict[str, Any]:
     """The part of a file's record that says what the network segments, and on what images."""
     record: dict[str, Any] = {
         "labels": {str(value): name for value, name in labels.items()},
@@ -379,6 +399,6 @@ def _model(
             f"{path} does not say what its network segments or how its scans were prepared: it was not written by "
             "`segraft pretrain` or `segraft adapt`."
         ) from error
-    preparation = Preparation.from_record(recorded, path)
+    preparation = recorded_preparation(recorded, path)
     names = tuple(record.get("channels") or (numbered(channels) if channels > 1 else ("",)))
     return Model(net.eval(), labels, preparation, adapted_on, pretrained_on, path, names)

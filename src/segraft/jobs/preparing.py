@@ -1,7 +1,7 @@
 """Settling how scans are prepared: what the user says, else what the base was trained with, else what fits the data."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -12,46 +12,77 @@ from segraft.data.channels import plain
 from segraft.data.cohort import Case
 from segraft.data.head import HEAD_SIZE
 from segraft.data.preparation import OWN_AXES, Preparation
+from segraft.data.scan_preparation import ScanPreparation
 from segraft.errors import SegraftError
+from segraft.networks.encoder_files import fixed_size
 from segraft.networks.heads import PickedOutputs
 from segraft.networks.registry import size_multiple, spatial_dims
 
 LARGEST_3D, LARGEST_2D = 96, 512
 
 
+@overload
 def settle_preparation(
-    given: Preparation | Mapping[str, Any] | None,
-    inherited: Preparation | None,
+    given: Preparation | Mapping[str, Any] | None, inherited: None, net: nn.Module, cases: Sequence[Case]
+) -> Preparation: ...
+@overload
+def settle_preparation(
+    given: ScanPreparation | Mapping[str, Any] | None,
+    inherited: ScanPreparation | None,
     net: nn.Module,
     cases: Sequence[Case],
-) -> Preparation:
+) -> ScanPreparation: ...
+def settle_preparation(
+    given: ScanPreparation | Mapping[str, Any] | None,
+    inherited: ScanPreparation | None,
+    net: nn.Module,
+    cases: Sequence[Case],
+) -> ScanPreparation:
     """The preparation to use.
 
     Args:
         given: the user's: whole, or only the fields that are to differ from the base's (or from the defaults).
         inherited: what the base was trained with.
         net: for its dimensions and the sizes it takes.
-        cases: for the patch size where neither says one, nor the network by its `image_size`: their median size, at
+        cases: for the patch size where neither says one, nor the network (`fixed_size`): their median size, at
             most 96 voxels along each axis in 3D and 512 in 2D, rounded up to what the network takes.
 
     Raises:
         SegraftError: a value that does not fit.
     """
-    if isinstance(given, Preparation):
+    if given is not None and not isinstance(given, Mapping):
         return given
+    if inherited is not None and inherited.CHANGEABLE is not None:
+        return _changed(inherited, given or {})
     fields = {**(inherited.model_dump(mode="json") if inherited else {}), **(given or {})}
     settled = checked(fields)
     return settled if "patch" in fields else settled.model_copy(update={"patch": _patch(settled, net, cases)})
 
 
-def checked(fields: Mapping[str, Any]) -> Preparation:
+def _changed(inherited: ScanPreparation, given: Mapping[str, Any]) -> ScanPreparation:
+    """A preparation of which not all may change."""
+    may = inherited.CHANGEABLE or frozenset()
+    fixed = sorted(set(given) - may)
+    if fixed:
+        raise SegraftError(
+            f"{', '.join(fixed)} cannot be chosen, as another tool prepared the scans that the base was trained on, "
+            f"and they are prepared so again: give at most {' and '.join(sorted(may, reverse=True))}."
+        )
+    return checked({**inherited.model_dump(mode="json"), **given}, type(inherited))
+
+
+@overload
+def checked(fields: Mapping[str, Any]) -> Preparation: ...
+@overload
+def checked(fields: Mapping[str, Any], kind: type[ScanPreparation]) -> ScanPreparation: ...
+def checked(fields: Mapping[str, Any], kind: type[ScanPreparation] = Preparation) -> ScanPreparation:
     """The preparation with these fields.
 
     Raises:
         SegraftError: a value that does not fit.
     """
     try:
-        return Preparation(**fields)
+        return kind(**fields)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
@@ -146,10 +177,10 @@ def _counted(channels: int) -> str:
 
 
 def _patch(preparation: Preparation, net: nn.Module, cases: Sequence[Case]) -> tuple[int, int, int]:
-    fixed = getattr(net, "image_size", None)  # of networks that take no other
+    fixed = fixed_size(net)
     if fixed is not None:
         across, along, *through = fixed
-        return int(across), int(along), int(through[0]) if through else 1
+        return across, along, through[0] if through else 1
     from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
     sizes = []

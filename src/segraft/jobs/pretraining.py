@@ -18,6 +18,7 @@ from segraft.jobs.run_folder import RunFolder, versions
 from segraft.jobs.training_set import training_set
 from segraft.networks import load_checkpoint, save_base
 from segraft.networks.bases import FILE_NAME
+from segraft.networks.encoder_files import with_sizes
 from segraft.training.distributed import Team
 from segraft.training.fit import Fit, check_device, check_precision, fit
 from segraft.training.recomputation import regions
@@ -88,13 +89,15 @@ def pretrain(
     asked = cohort.select_labels(labels)
     arguments = {"in_channels": len(cohort.channels), "out_channels": len(asked), **(network_arguments or {})}
     require_same_channels(arguments["in_channels"], cohort.channels, f"the network {network}", str(cohort.path))
-    torch.manual_seed(settings.seed)
-    net = build_from(network, arguments)
     notes: tuple[str, ...] = ()
     if weights is not None:
+        arguments, notes = with_sizes(network, arguments, weights)
+    torch.manual_seed(settings.seed)
+    net = build_from(network, arguments)
+    if weights is not None:
         loaded = load_checkpoint(net, weights, labels=tuple(asked.values()))
-        notes = loaded.notes(tuple(asked.values()))
-        network, arguments = named_as_loaded(network, arguments, loaded)
+        notes += loaded.notes(tuple(asked.values()))
+        network, arguments = named_as_loaded(net, network, arguments, loaded)
     regions(net, settings.recompute)  # a wrong name is told before scans are read
     chosen = choose(cohort, cases, seed=settings.seed, purpose="to pre-train on")
     given = training_set(

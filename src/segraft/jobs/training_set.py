@@ -11,7 +11,7 @@ from segraft.data.checks import check_cases
 from segraft.data.cohort import Case, Cohort
 from segraft.data.labels import Labels
 from segraft.data.patches import PatchSource
-from segraft.data.preparation import Preparation
+from segraft.data.scan_preparation import ScanPreparation
 from segraft.jobs.intensities import by_channel
 from segraft.jobs.model import task_record
 from segraft.jobs.preparing import check_network, settle_preparation, takes_missing_channels
@@ -38,8 +38,8 @@ def training_set(
     labels: Labels,
     *,
     net: nn.Module,
-    preparation: Preparation | Mapping[str, Any] | None,
-    inherited: Preparation | None,
+    preparation: ScanPreparation | Mapping[str, Any] | None,
+    inherited: ScanPreparation | None,
     settings: TrainingSettings,
     console: Console | None,
 ) -> TrainingSet:
@@ -62,6 +62,8 @@ def training_set(
     check_cases(cases, cohort, labels, complete=complete, watch=watched("checking scans", console))
     preparation = by_channel(preparation, inherited, cohort.channels, str(cohort.path))
     settled = settle_preparation(preparation, inherited, net, cases)
+    if not settings.flip:
+        settled = settled.without_mirroring()
     check_network(net, settled.patch, len(labels), len(cohort.channels))
     source = PatchSource(
         cases,

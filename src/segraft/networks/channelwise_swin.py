@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from segraft.adapters import routed
 from segraft.networks.channelwise import Channelwise, channelwise_parts
 from segraft.networks.registry import FOREIGN_PARTS, FOREIGN_PROJECTIONS
+from segraft.networks.swin import merge_as_before
 from segraft.networks.unet import CONV
 
 _MONAI = f"{SwinUNETR.__module__}.{SwinUNETR.__qualname__}"
@@ -24,6 +25,7 @@ class ChannelwiseSwinUNETR(Channelwise, SwinUNETR):  # type: ignore[misc]  # MON
         in_channels: C, channels of the image.
         out_channels: labels, one logit each.
         channel_dropout: see `Channelwise`.
+        original_merging: join tokens as MONAI before 1.5, as published weights were trained (`segraft.networks.swin`).
         arguments: of MONAI's SwinUNETR.
 
     Attributes:
@@ -37,9 +39,17 @@ class ChannelwiseSwinUNETR(Channelwise, SwinUNETR):  # type: ignore[misc]  # MON
     projections = FOREIGN_PROJECTIONS[_MONAI]
 
     def __init__(
-        self, in_channels: int = 4, out_channels: int = 3, *, channel_dropout: float = 0.0, **arguments: Any
+        self,
+        in_channels: int = 4,
+        out_channels: int = 3,
+        *,
+        channel_dropout: float = 0.0,
+        original_merging: bool = False,
+        **arguments: Any,
     ) -> None:
         super().__init__(in_channels=1, out_channels=out_channels, **arguments)
+        if original_merging:
+            merge_as_before(self)
         self.take_channels(in_channels, channel_dropout)
         features, dims = arguments.get("feature_size", 24), arguments.get("spatial_dims", 3)
         self.encoder1 = UnetrBasicBlock(

@@ -1,6 +1,5 @@
 """Weights from elsewhere: read without running code, recognised by their keys, and never loaded in part unnoticed."""
 
-import json
 import pickle
 import re
 import warnings
@@ -16,18 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from segraft.adapters.selection import parts_of
 from segraft.errors import SegraftError
-from segraft.networks.encoder_files import vit_arguments
+from segraft.networks.differences import in_words, untold
 from segraft.networks.heads import Head, Outputs, find_head, head_rows, match_outputs, require_head
-from segraft.networks.layouts import CONTAINERS, ENCODERS, OWN, PREFIXES, Layout, known_labels, recognise
+from segraft.networks.layouts import CONTAINERS, NEVER_RUN, OWN, PREFIXES, Layout, known_labels, recognise
+from segraft.networks.starting import left_at_start, untrained_notes
 from segraft.structures import same_name
 
 if TYPE_CHECKING:
     from segraft.networks.bases import Base
-
-SWIN, VIT = ENCODERS["SwinUNETR"].key, ENCODERS["ViT"].key
-"""Keys that tell a SwinUNETR and a network with a ViT."""
 
 BASE_FILE = "base.safetensors"
 """What is meant by a folder of weights."""
@@ -56,7 +52,8 @@ class Loaded:
         layout: its kind; empty for a state dict under the network's own keys.
         tensors: how many were loaded.
         unused: group -> how many tensors stayed in the file.
-        kept: part of the network -> how many tensors stayed at their start.
+        kept: part of the network -> how many tensors stayed at their start, as the file lacks them.
+        layers: that stayed at their start, as they see all channels of the image, and in the file its only one.
         reshaped: key -> shape in the file and in the network, of the head.
         outputs: which of the file's outputs each of the network's takes; None: by position.
         original_merging: the network now computes as MONAI before 1.5 (see `segraft.networks.swin`).
@@ -68,6 +65,7 @@ class Loaded:
     tensors: int
     unused: dict[str, int] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
     reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     outputs: Outputs | None = None
     original_merging: bool = False
@@ -75,8 +73,8 @@ class Loaded:
 
     @property
     def untrained(self) -> tuple[str, ...]:
-        """Parts of the network that start at random; of the head `outputs` says more."""
-        return tuple(part for part in self.kept if part != "head")
+        """Parts and layers of the network that start at random; of the head `outputs` says more."""
+        return (*(part for part in self.kept if part not in ("head", NEVER_RUN)), *self.layers)
 
     def notes(self, labels: Sequence[str] = (), fresh: Collection[int] = ()) -> tuple[str, ...]:
         """All of it in sentences, with the names of the network's outputs where they are given; see `output_notes`."""
@@ -86,12 +84,9 @@ class Loaded:
             text += f", left in the file: {_counted(self.unused)}"
         if self.kept:
             text += f", not in the file and at their start: {_counted(self.kept)}"
+        if self.layers:
+            text += f", for one channel in the file and at their start: {', '.join(self.layers)}"
         return (f"{text}.", *self.remarks, *untrained_notes(self.untrained), *output_notes(self.outputs, labels, fresh))
-
-
-def untrained_notes(parts: Iterable[str]) -> list[str]:
-    """That parts of a base were never trained, in sentences."""
-    return [f"the {part} starts at random: train it, with --train {part}." for part in parts]
 
 
 def output_notes(outputs: Outputs | None, labels: Sequence[str], fresh: Collection[int] = ()) -> list[str]:
@@ -193,23 +188,26 @@ def load_checkpoint(
     """
     path, wanted = weights_file(path), net.state_dict()
     layout, found, used, unused = _read(net, path)
-    kept = _left_at_start(net, wanted, used, layout)
+    start = left_at_start(net, wanted, used, layout)
+    used = {key: value for key, value in used.items() if key not in start.layers}
+    base = _base_at(path)
     head = find_head(net)
     in_head = frozenset(head.keys if head else ())
     known = known_labels(names) or found.names
     if outputs is None:
-        missing = bool(in_head) and in_head <= set(kept)
+        missing = bool(in_head) and in_head <= start.keys
         outputs = _matched(net, path, labels, known, found.outputs, missing=missing, fresh=fresh)
         by_position = () if outputs else position_notes(path.name, known, labels)
     else:
         by_position = ()
-    _refuse_misfits(net, path, used, wanted, may_miss=kept, but=in_head if outputs else ())
+    _refuse_misfits(net, path, used, wanted, may_miss=start.keys, but=in_head if outputs else (), base=base)
     reshaped = {key: (tuple(used[key].shape), tuple(wanted[key].shape)) for key in sorted(in_head & set(used))}
     loaded = len(used)
     if outputs is not None:
         used |= head_rows(_settled_head(net, path, outputs, found.outputs), used, wanted, outputs)
-    net.load_state_dict({**{key: wanted[key] for key in kept}, **used})
-    original, remarks = _merging(net, layout, _base_at(path))
+    net.load_state_dict({**{key: wanted[key] for key in start.keys}, **used})
+    original, remarks = _merging(net, layout, base)
+    remarks = (*remarks, *start.remarks, *untold(net, used, base))
     if found.outputs and outputs is not None and outputs.new and not known:
         text = (
             f"what its {found.outputs} outputs stand for is not known: name them with --base-labels to go on with them."
@@ -220,7 +218,8 @@ def load_checkpoint(
         layout.name,
         loaded,
         unused,
-        dict(Counter(kept.values())),
+        dict(Counter(start.parts.values())),
+        tuple(dict.fromkeys(start.layers.values())),
         {key: (theirs, ours) for key, (theirs, ours) in reshaped.items() if theirs != ours},
         outputs,
         original,
@@ -239,6 +238,8 @@ def _read(net: nn.Module, path: Path) -> tuple[Layout, Contents, dict[str, Tenso
     adopted = getattr(net, "adopted", None)  # of a network that holds the file's
     tensors = adopted(tensors) if adopted else unprefixed(tensors, wanted)
     layout = recognise(tensors)
+    if layout.encoder.key not in wanted and tensors.keys() <= wanted.keys():
+        layout = OWN  # of an encoder for just that encoder
     if layout is not OWN and layout.encoder.key not in wanted:
         raise SegraftError(
             f"{path} holds a {layout.of} ({layout.name}), and the network is {type(net).__name__}: "
@@ -301,7 +302,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise SegraftError(f"{path} is not a readable safetensors file ({error}): is it complete?") from error
-    content = _unpickled(path)
+    content = unpickled(path)
     for key in CONTAINERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -321,7 +322,12 @@ def unprefixed(tensors: Mapping[str, Tensor], wanted: Iterable[str]) -> dict[str
     return found
 
 
-def _unpickled(path: Path) -> Any:
+def unpickled(path: Path) -> Any:
+    """What a file of torch.save holds, on the CPU, as long as it is data alone.
+
+    Raises:
+        SegraftError: unreadable, or a pickle with more than data in it.
+    """
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(list(DATA_ONLY)):
             # Of a pickle that is refused anyway torch also says that its protocol is unusual.
@@ -337,28 +343,6 @@ def _unpickled(path: Path) -> Any:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise SegraftError(f"{path} is not a readable PyTorch checkpoint: is it complete?") from error
-
-
-_MAY_START: dict[str, frozenset[str]] = {
-    "encoder": frozenset({"decoder", "head"}),
-    "all but the head": frozenset({"head"}),
-    "all": frozenset(),
-}
-"""What a file holds -> parts of the network that may stay at their start."""
-
-
-def _left_at_start(
-    net: nn.Module, wanted: Mapping[str, Tensor], used: Mapping[str, Tensor], layout: Layout
-) -> dict[str, str]:
-    """Keys that the file may lack, and lacks, with their part of the network."""
-    allowed = {name: prefixes for name, prefixes in parts_of(net).items() if name in _MAY_START[layout.holds]}
-    return {
-        key: name
-        for key in wanted
-        if key not in used
-        for name, prefixes in allowed.items()
-        if any(key.startswith(f"{prefix}.") for prefix in prefixes)
-    }
 
 
 def _matched(
@@ -400,8 +384,12 @@ def _refuse_misfits(
     *,
     may_miss: Iterable[str],
     but: Iterable[str] = (),
+    base: "Base | None" = None,
 ) -> None:
-    """Refuse keys and shapes that are not those of the network; of `but` the first dimension may differ."""
+    """Refuse keys and shapes that are not those of the network; of `but` the first dimension may differ.
+
+    Also refuse a base with another ViT, although of the same shapes.
+    """
     missing, unexpected = set(wanted) - set(tensors) - set(may_miss), set(tensors) - set(wanted)
     exempt = {key for key in but if key in tensors and tensors[key].shape[1:] == wanted[key].shape[1:]}
     both = (set(wanted) & set(tensors)) - exempt
@@ -411,52 +399,24 @@ def _refuse_misfits(
         for what, keys in (("are missing", missing), ("are unexpected", unexpected), ("have another shape", reshaped))
         if keys
     ]
+    problems = in_words(net, tensors, wanted, base, misfit=bool(problems)) + problems
     if problems:
-        problems = [*_in_words(tensors, wanted), *problems]
         raise SegraftError(f"the weights in {path} do not fit {type(net).__name__}: {'; '.join(problems)}.")
-
-
-def _in_words(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
-    """In which arguments a SwinUNETR or a ViT differs from that of the file."""
-    if VIT in wanted and VIT in tensors:
-        return _vit_in_words(vit_arguments(tensors), vit_arguments(wanted))
-    if SWIN not in wanted or SWIN not in tensors:
-        return []
-    theirs, ours = _swin_arguments(tensors), _swin_arguments(wanted)
-    other = {name: value for name, value in theirs.items() if name in ours and value != ours[name]}
-    if not other:
-        return []
-    told = ", ".join(f"{name.replace('_', ' ')} {value}, this network {ours[name]}" for name, value in other.items())
-    return [f"{told} (give --network-args '{json.dumps(other)}')"]
-
-
-def _vit_in_words(theirs: Mapping[str, object], ours: Mapping[str, object]) -> list[str]:
-    cures = {
-        "patches": "give both the same img_size",
-        "in_channels": "take a network that encodes channels one by one (unetr_channelwise)",
-    }
-    return [
-        f"{name.replace('_', ' ')} {theirs[name]}, this network {ours.get(name)} "
-        f"({cures.get(name, f'give both the same {name}')})"
-        for name in theirs
-        if theirs[name] != ours.get(name)
-    ]
-
-
-def _swin_arguments(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    features, channels, *sizes = tensors[SWIN].shape
-    table = tensors.get("swinViT.layers1.0.blocks.0.attn.relative_position_bias_table")
-    window = {} if table is None else {"window_size": (round(table.shape[0] ** (1 / len(sizes))) + 1) // 2}
-    return {"feature_size": features, "in_channels": channels, **window}
 
 
 def _merging(net: nn.Module, layout: Layout, base: "Base | None") -> tuple[bool, tuple[str, ...]]:
     """Let a SwinUNETR compute as its weights were trained, where that is known, and say so."""
     if not any(name.startswith("swinViT") for name, _ in net.named_children()):
         return False, ()
-    from segraft.networks.swin import PATH, merge_as_before, merges_as_before, merges_as_now
+    from segraft.networks.swin import (
+        built_as_before,
+        how_to_merge_as_before,
+        merge_as_before,
+        merges_as_before,
+        merges_as_now,
+    )
 
-    if layout is not OWN or (base is not None and base.network in (PATH, "original_swin_unetr")):
+    if layout is not OWN or (base is not None and built_as_before(base.network, base.arguments)):
         merge_as_before(net)
         if merges_as_before(net):
             return True, ("its tokens are joined as by MONAI before 1.5, with which it was trained.",)
@@ -465,7 +425,7 @@ def _merging(net: nn.Module, layout: Layout, base: "Base | None") -> tuple[bool,
         return False, ()
     remark = (
         "tokens are joined as by MONAI since 1.5; weights trained before, such as those published for BTCV, compute as "
-        "they were trained in the network original_swin_unetr."
+        f"they were trained {how_to_merge_as_before(net)}."
     )
     return False, (remark,)
 

@@ -95,6 +95,7 @@ ENCODERS: dict[str, Encoder] = {
     "ViT": Encoder(
         "vit.patch_embedding.position_embeddings", "name the network unetr_channelwise or monai.networks.nets:UNETR"
     ),
+    "U-Net of nnU-Net": Encoder("decoder.transpconvs.0.weight", "name the folder of the model, as nnunet:FOLDER"),
 }
 """Kinds of encoders by name."""
 
@@ -121,7 +122,7 @@ class Layout:
     unused: Mapping[str, str] = field(default_factory=dict)
     renames: tuple[tuple[str, str], ...] = ()
     outputs: tuple[str, ...] = ()
-    of: Literal["SwinUNETR", "ViT"] = "SwinUNETR"
+    of: Literal["SwinUNETR", "ViT", "U-Net of nnU-Net"] = "SwinUNETR"
 
     @property
     def encoder(self) -> Encoder:
@@ -148,6 +149,11 @@ _OLD_RESIDUALS = {
     "residual convolutions of MONAI 0.8, never run": r"(backbone\.)?encoder(2|3|4|10)\.layer\.(conv|norm)3\."
 }
 """MONAI 0.8 made them in blocks that do not use them (research-contributions, issue 367)."""
+
+NEVER_RUN = "norms of a cross attention that is not there"
+"""What newer MONAI has in each block of a ViT, also where nothing runs it; files of older ones have none."""
+
+_UNUSED_NORMS = {NEVER_RUN: r"(vit\.)?blocks\.\d+\.norm_cross_attn\."}
 
 LAYOUTS: tuple[Layout, ...] = (
     # supervised_clip_driven_universal_swin_unetr_2100.pth, supervised_suprem_swinunetr_2100.pth: `module.backbone.*`,
@@ -208,10 +214,43 @@ LAYOUTS: tuple[Layout, ...] = (
         "encoder",
         of="ViT",
         has=(r"vit\.patch_embedding\.position_embeddings", r"mae_decoder\.mask_token"),
+        unused={"mae_decoder": r"mae_decoder\.", **_UNUSED_NORMS},
+    ),
+    # `vit.*` of MONAI's UNETR
+    Layout(
+        "encoder of a UNETR",
+        "encoder",
+        of="ViT",
+        has=(r"vit\.patch_embedding\.position_embeddings",),
+        lacks=(r"(?!vit\.).*",),
+        unused=_UNUSED_NORMS,
+    ),
+    # MONAI's ViT, and its ViTAutoEnc as the tutorial on self-supervised pre-training has it
+    Layout(
+        "vision transformer (MONAI)",
+        "encoder",
+        of="ViT",
+        has=(r"patch_embedding\.position_embeddings", r"blocks\.0\..*"),
+        lacks=(r"mask_tokens", r"(decoder|encoder|out)\w*\..*"),
         unused={
-            "mae_decoder": r"mae_decoder\.",
-            "norms of a cross attention that is not there": r"vit\.blocks\.\d+\.norm_cross_attn\.",
+            "class token and head": r"cls_token$|classification_head\.",
+            "reconstruction": r"conv3d_transpose(_1)?\.",
+            **_UNUSED_NORMS,
         },
+        renames=((r"^", "vit."),),
+    ),
+    # checkpoint_final.pth
+    Layout(
+        "nnU-Net v2",
+        "all",
+        of="U-Net of nnU-Net",
+        has=(
+            r"encoder\..*",
+            r"decoder\.encoder\..*",
+            r"decoder\.seg_layers\.0\.weight",
+            r"decoder\.transpconvs\.0\.weight",
+        ),
+        unused={"heads of deep supervision": r"decoder\.seg_layers\."},
     ),
 )
 """Kinds of checkpoints, of which the first that fits counts. Those of SwinUNETR were trained with MONAI before 1.5."""

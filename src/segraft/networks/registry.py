@@ -14,6 +14,7 @@ from segraft.adapters.selection import NAMED, parts_of
 from segraft.errors import SegraftError
 from segraft.networks.multiview import MultiViewUNet
 from segraft.networks.nested import NESTED_PARTS
+from segraft.networks.nnunet import nnunet
 from segraft.networks.unet import UNet
 
 
@@ -34,6 +35,8 @@ NETWORKS: dict[str, NetworkEntry] = {
     "unet": NetworkEntry(UNet),
     "unet3d": NetworkEntry(UNet, {"spatial_dims": 3, "widths": (32, 64, 128, 256), "norm": "instance"}),
     "multi_view_unet": NetworkEntry(MultiViewUNet),
+    # as a model folder of nnU-Net v2 says (Isensee et al. 2021)
+    "nnunet": NetworkEntry(nnunet),
     # Hatamizadeh et al. 2022, as the few-shot paper takes it
     "swin_unetr": NetworkEntry("monai.networks.nets.swin_unetr:SwinUNETR", {"feature_size": 48}),
     # the same as MONAI computed it before 1.5, for weights of that time
@@ -57,7 +60,16 @@ NETWORKS: dict[str, NetworkEntry] = {
 }
 """To add a network, add one entry. Parts of third-party networks are in `FOREIGN_PARTS`."""
 
+_NNUNET = {
+    "encoder": ("encoder",),
+    "decoder": ("decoder.stages", "decoder.transpconvs"),
+    "head": ("decoder.seg_layers",),
+}
+
 FOREIGN_PARTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "dynamic_network_architectures.architectures.unet.PlainConvUNet": _NNUNET,
+    "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet": _NNUNET,
+    "dynamic_network_architectures.architectures.unet.ResidualUNet": _NNUNET,
     "monai.networks.nets.segresnet.SegResNet": {
         "encoder": ("convInit", "down_layers"),
         "decoder": ("up_layers", "up_samples"),
@@ -211,6 +223,18 @@ def outline(
             return build(network, in_channels=in_channels, out_channels=out_channels, arguments=arguments)
     except SegraftError:
         return build(network, in_channels=in_channels, out_channels=out_channels, arguments=arguments)
+
+
+def parameters_of(network: str) -> dict[str, Any]:
+    """The arguments that a network takes by name, with their defaults as it has them; without one: `inspect`'s empty.
+
+    Raises:
+        SegraftError: an unknown name, or a path that does not import.
+    """
+    entry = NETWORKS.get(network) or NetworkEntry(network)
+    factory = _by_path(entry.factory) if isinstance(entry.factory, str) else entry.factory
+    defaults = {name: parameter.default for name, parameter in inspect.signature(factory).parameters.items()}
+    return {**defaults, **entry.arguments}
 
 
 def spatial_dims(net: nn.Module) -> int:

@@ -6,6 +6,7 @@ takes each once (pull request 8285). Names and shapes of all tensors are the sam
 without a word, and every deeper feature is another.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,13 +15,17 @@ from monai.networks.nets.swin_unetr import PatchMerging, SwinUNETR
 from torch import Tensor, nn
 from torch.nn import functional
 
-from segraft.networks.registry import FOREIGN_PARTS, FOREIGN_PROJECTIONS
+from segraft.errors import SegraftError
+from segraft.networks.registry import FOREIGN_PARTS, FOREIGN_PROJECTIONS, NETWORKS
 
 ORDER = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1))
 """Which token of a 2×2×2 block comes where in the joined vector."""
 
 PATH = f"{__name__}:OriginalSwinUNETR"
 """By which `build` makes it; files record this, whose arguments have the defaults of MONAI's."""
+
+ARGUMENT = "original_merging"
+"""Of networks that join tokens either way, as the channel-wise SwinUNETR does."""
 
 _MONAI = f"{SwinUNETR.__module__}.{SwinUNETR.__qualname__}"
 
@@ -68,3 +73,36 @@ def merges_as_before(net: nn.Module) -> bool:
 def merges_as_now(net: nn.Module) -> bool:
     """Whether any module joins tokens as MONAI does since 1.5."""
     return any(type(module) is PatchMerging for module in net.modules())
+
+
+def built_as_before(network: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether `build` makes a network of this name, with these arguments, that joins tokens as before MONAI 1.5."""
+    return network in (PATH, "original_swin_unetr") or bool(arguments.get(ARGUMENT))
+
+
+def named_as_before(net: nn.Module, network: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """By which name and arguments `build` makes a network like `net` that joins tokens as before MONAI 1.5.
+
+    Args:
+        net: built by the name and the arguments.
+        network: the name.
+        arguments: for `build`.
+
+    Raises:
+        SegraftError: a network that cannot be built so.
+    """
+    if ARGUMENT in inspect.signature(type(net)).parameters:
+        return network, {**arguments, ARGUMENT: True}
+    if type(net) in (SwinUNETR, OriginalSwinUNETR):
+        known = NETWORKS[network].arguments if network in NETWORKS else {}
+        return PATH, {**known, **arguments}
+    raise SegraftError(
+        f"the network {network} joins its tokens as MONAI since 1.5 whenever it is built, and these weights were "
+        f"trained before: take swin_unetr or swin_unetr_channelwise, or let its constructor take {ARGUMENT}."
+    )
+
+
+def how_to_merge_as_before(net: nn.Module) -> str:
+    """With which network, or which argument of it, tokens are joined so."""
+    takes = ARGUMENT in inspect.signature(type(net)).parameters
+    return f"with --network-args '{{\"{ARGUMENT}\": true}}'" if takes else "in the network original_swin_unetr"

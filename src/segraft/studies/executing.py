@@ -20,13 +20,14 @@ from segraft.evaluation.results import CaseResult, CaseVolumes, save_results
 from segraft.jobs.adapting import BaseSource, adapt
 from segraft.jobs.cases import Served
 from segraft.jobs.evaluating import measure
-from segraft.jobs.importing import import_base
+from segraft.jobs.importing import import_base, random_base
 from segraft.jobs.locating import ADAPTER_FILE
+from segraft.jobs.masked_pretraining import pretrain_masked
 from segraft.jobs.model import Model, load_model
 from segraft.jobs.preparing import settle_preparation, takes_missing_channels
 from segraft.jobs.pretraining import pretrain
 from segraft.jobs.run_folder import versions
-from segraft.networks.bases import FILE_NAME
+from segraft.networks.bases import FILE_NAME, read_base
 from segraft.studies.run import (
     FAILED,
     FINISHED,
@@ -39,10 +40,11 @@ from segraft.studies.run import (
     locked,
     write_json,
 )
+from segraft.training.mae import check_masked_settings
 from segraft.training.module import NonFiniteLossError
 from segraft.training.settings import check_settings
 
-MASKS, LEVELLINGS, NOTES = "masks", "levellings", "notes.json"
+MASKS, LEVELLINGS, NOTES, ENCODER = "masks", "levellings", "notes.json", "encoder"
 CHECKPOINT = "last.ckpt"
 HALF_WRITTEN = re.compile(r"\.[0-9a-f]{12}\.")
 
@@ -61,17 +63,18 @@ def execute(folder: Path) -> Outcome:
             return Outcome(run.key)
         (folder / FAILED).unlink(missing_ok=True)
         _clear(folder)
-        left = (folder / CHECKPOINT).is_file()
+        left = next(folder.rglob(CHECKPOINT), None)
         started = time.perf_counter()
         try:
             result = DOING[run.kind](run, folder)
         except Exception as error:  # noqa: BLE001  whatever it is, the other runs must go on
             reason = str(error) if isinstance(error, SegraftError) else f"{type(error).__name__}: {error}"
-            if left and not isinstance(error, NonFiniteLossError):
-                reason += f" It was to go on from an earlier state: remove {folder / CHECKPOINT} to begin anew."
+            if left is not None and not isinstance(error, NonFiniteLossError):
+                reason += f" It was to go on from an earlier state: remove {left} to begin anew."
             return Outcome(run.key, time.perf_counter() - started, fail(folder, reason, traceback.format_exc()))
         seconds = time.perf_counter() - started
-        (folder / CHECKPOINT).unlink(missing_ok=True)  # a kill may have come between the result and its removal
+        for checkpoint in folder.rglob(CHECKPOINT):
+            checkpoint.unlink()  # a kill may have come between the result and its removal
         write_json(folder / FINISHED, {**result, "seconds": seconds, "versions": versions()})
         return Outcome(run.key, seconds)
 
@@ -101,14 +104,42 @@ def _pretrain(run: Run, folder: Path) -> dict[str, Any]:
     return {"trained": None}
 
 
+def _masked(run: Run, folder: Path) -> dict[str, Any]:
+    asked, made = run.identity, folder / ENCODER
+    if not (made / FILE_NAME).is_file():
+        pretrain_masked(
+            run.data,
+            made,
+            network=asked["encoder"]["network"],
+            network_arguments=asked["encoder"]["arguments"],
+            cases=run.train,
+            preparation=asked["preparation"],
+            settings=check_masked_settings(**asked["settings"]),
+            patient_pattern=run.patient_pattern,
+            resume=(made / CHECKPOINT).is_file(),
+        )
+    result = _imported(made / FILE_NAME, run, folder)
+    error = read_base(made).record["reconstruction"]
+    note = (
+        f"its encoder was pre-trained on {len(run.train)} scans without labels: over masked patches of "
+        f"{error['scans']} of them, the mean squared error fell from {error['before']:.3f} to {error['after']:.3f}, "
+        f"where predicting each patch's mean has {error['zero']:.3f}."
+    )
+    return {**result, "notes": [note, *result["notes"]], "reconstruction": error}
+
+
 def _import(run: Run, folder: Path) -> dict[str, Any]:
+    if not (folder / NOTES).is_file() and digest_of(Path(run.data)) != run.identity["weights"]:
+        raise SegraftError(f"the weights {run.data} have changed since the study was planned: plan it again.")
+    return _imported(Path(run.data), run, folder)
+
+
+def _imported(weights: Path, run: Run, folder: Path) -> dict[str, Any]:
+    """Make the base of a run from a file of weights."""
     asked = run.identity
     if not (folder / NOTES).is_file():  # written last
-        digest = digest_of(Path(run.data))
-        if digest != asked["weights"]:
-            raise SegraftError(f"the weights {run.data} have changed since the study was planned: plan it again.")
         made = import_base(
-            run.data,
+            weights,
             folder,
             network=asked["network"],
             network_arguments=asked["arguments"],
@@ -118,6 +149,18 @@ def _import(run: Run, folder: Path) -> dict[str, Any]:
         )
         write_json(folder / NOTES, list(made.notes))
     return {"trained": None, "notes": json.loads((folder / NOTES).read_text(encoding="utf-8"))}
+
+
+def _random(run: Run, folder: Path) -> dict[str, Any]:
+    asked = run.identity
+    random_base(
+        folder,
+        network=asked["network"],
+        network_arguments=asked["arguments"],
+        labels=asked["task"],
+        overwrite=True,
+    )
+    return {"trained": None}
 
 
 def _adapt(run: Run, folder: Path) -> dict[str, Any]:
@@ -153,7 +196,9 @@ def _adapt(run: Run, folder: Path) -> dict[str, Any]:
 
 DOING: dict[str, Callable[[Run, Path], dict[str, Any]]] = {
     "pretrain": _pretrain,
+    "masked": _masked,
     "import": _import,
+    "random": _random,
     "adapt": _adapt,
 }
 

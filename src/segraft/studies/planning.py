@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -15,11 +15,12 @@ from segraft.data.cohort import Case, Cohort
 from segraft.data.labels import Labels
 from segraft.data.splits import draw
 from segraft.errors import SegraftError
+from segraft.jobs.unlabelled import read_unlabelled
 from segraft.jobs.watching import watched
 from segraft.studies.designs import Planned, Training, design_of
 from segraft.studies.run import Run, Runs, digest_of, write_json
-from segraft.studies.spec import Arm, Arms, Base, Study, arms_of
-from segraft.training.settings import TrainingSettings, check_settings
+from segraft.studies.spec import Arm, Arms, Base, Start, Study, arms_of
+from segraft.training.settings import TrainingSettings, checked_as
 
 FORMAT = 1
 """Of the identity of a run: raised when the same identity comes to mean something else."""
@@ -98,11 +99,7 @@ def plan(study: Study, runs: Runs, *, device: str = "auto", console: Console | N
     planned = []
     bases: dict[str, str] = {}
     for name, base in study.bases.items():
-        run = (
-            _imported(base, target.labels)
-            if base.weights is not None
-            else _pretrained(study, base, cases, device, digests)
-        )
+        run = MAKING[base.start](study, base, cases, target, device)
         runs.add(run)
         bases[name] = run.key
         planned.append(Planned(run.key, name, seed=run.identity.get("settings", {}).get("seed", 0)))
@@ -120,7 +117,10 @@ def plan(study: Study, runs: Runs, *, device: str = "auto", console: Console | N
 def _placed(study: Study) -> Study:
     """With whole paths, as processes elsewhere read them; links in them are kept, as they may lead elsewhere there."""
     cohorts = [("data", "")]
-    if any(base.weights is None for base in study.bases.values()):
+    starts = {base.start for base in study.bases.values()}
+    if "masked" in starts and study.pretrain_data is None:
+        study = study.model_copy(update={"pretrain_data": study.data})  # the images of patients who are not drawn
+    if "labels" in starts:
         cohorts.append(("pretrain_data", ", or --weights"))
     for field, instead in cohorts:
         if getattr(study, field) is None:
@@ -184,24 +184,43 @@ class _Target:
         return Run("adapt", identity, where, pattern, train, test, base)
 
 
-def _imported(base: Base, task: Mapping[int, str]) -> Run:
-    """A base of weights from elsewhere, which are known by their bytes.
-
-    Args:
-        base: of the study.
-        task: the labels of the study, which its outputs stand for where the weights have none.
-    """
-    assert base.weights is not None  # noqa: S101
-    identity = {
+def _started(kind: str, base: Base, target: _Target) -> dict[str, Any]:
+    """What a base depends on that is not pre-trained on labels: its outputs stand for those of the study."""
+    channels = len(target.cohort.channels)
+    return {
         "format": FORMAT,
-        "kind": "import",
+        "kind": kind,
         "network": base.network,
-        "arguments": base.arguments,
+        "arguments": base.arguments if channels == 1 else {"in_channels": channels, **base.arguments},
         "labels": list(base.labels),
-        "task": list(task.values()),
-        "weights": digest_of(base.weights),
+        "task": list(target.labels.values()),
     }
+
+
+def _imported(study: Study, base: Base, tested: Sequence[Case], target: _Target, device: str) -> Run:  # noqa: ARG001
+    """A base of weights from elsewhere, which are known by their bytes."""
+    assert base.weights is not None  # noqa: S101
+    identity = _started("import", base, target) | {"weights": digest_of(base.weights)}
     return Run("import", identity, str(base.weights), None, ())
+
+
+def _random(study: Study, base: Base, tested: Sequence[Case], target: _Target, device: str) -> Run:  # noqa: ARG001
+    """A base that is not pre-trained."""
+    return Run("random", _started("random", base, target), "", None, ())
+
+
+def _masked(study: Study, base: Base, tested: Sequence[Case], target: _Target, device: str) -> Run:
+    """A base whose encoder learns to complete scans, of patients none of whose scans is in the study itself."""
+    assert base.encoder is not None  # noqa: S101
+    cohort = read_unlabelled(_given(study, "pretrain_data"), study.patient_pattern)
+    cases = _others(study, base, cohort, tested, target.digests)
+    identity = _started("masked", base, target) | {
+        "encoder": base.encoder.model_dump(mode="json"),
+        "preparation": study.preparation,
+        "settings": _on(device, base.settings()).model_dump(mode="json"),
+        "train": target.digests.of_all(cases, None),
+    }
+    return Run("masked", identity, str(cohort.path), study.patient_pattern, tuple(case.id for case in cases))
 
 
 def _folder(data: Path) -> Path:
@@ -209,11 +228,10 @@ def _folder(data: Path) -> Path:
     return data if data.is_dir() else data.parent
 
 
-def _pretrained(study: Study, base: Base, tested: Sequence[Case], device: str, digests: "_Digests") -> Run:
-    """The pre-training of one base, on patients none of whose scans is in the study itself (`tested`)."""
+def _others(study: Study, base: Base, cohort: Cohort, tested: Sequence[Case], digests: "_Digests") -> list[Case]:
+    """What a base is pre-trained on: cases of patients none of whose scans is in the study itself (`tested`)."""
     taken = {image for case in tested for image in images_of(digests.image(case))}
     patients = {case.patient for case in tested}
-    cohort = Cohort.read(_given(study, "pretrain_data"), patient_pattern=study.patient_pattern)
     served = {case.patient for case in digests.watched(cohort.cases) if images_of(digests.image(case)) & taken}
     if _folder(cohort.path) == _folder(_given(study, "data")):
         served |= patients  # two lists of one folder: other scans of the same patients
@@ -221,9 +239,15 @@ def _pretrained(study: Study, base: Base, tested: Sequence[Case], device: str, d
     count = base.patients or len({case.patient for case in free})
     if not free:
         raise SegraftError(f"every patient of {cohort.path} is in the study: pre-train on others, or draw fewer.")
-    cases = sorted(draw(free, count, seed=study.split_seed), key=lambda case: case.id)
+    return sorted(draw(free, count, seed=study.split_seed), key=lambda case: case.id)
+
+
+def _pretrained(study: Study, base: Base, tested: Sequence[Case], target: _Target, device: str) -> Run:
+    """A base that learns labels, of patients none of whose scans is in the study itself."""
+    cohort = Cohort.read(_given(study, "pretrain_data"), patient_pattern=study.patient_pattern)
+    cases = _others(study, base, cohort, tested, target.digests)
     labels = cohort.select_labels(study.pretrain_labels)
-    settings = _on(device, check_settings(**base.training))
+    settings = _on(device, base.settings())
     identity = {
         "format": FORMAT,
         "kind": "pretrain",
@@ -232,13 +256,22 @@ def _pretrained(study: Study, base: Base, tested: Sequence[Case], device: str, d
         **_labels_of(cohort, labels),
         "preparation": study.preparation,
         "settings": settings.model_dump(mode="json"),
-        "train": digests.of_all(cases, labels),
+        "train": target.digests.of_all(cases, labels),
     }
     return Run("pretrain", identity, str(cohort.path), study.patient_pattern, tuple(case.id for case in cases))
 
 
+MAKING: dict[Start, Callable[[Study, Base, Sequence[Case], _Target, str], Run]] = {
+    "labels": _pretrained,
+    "masked": _masked,
+    "weights": _imported,
+    "random": _random,
+}
+"""What plans the run that makes a base, from the study, the base, the study's own cases, its target and the device."""
+
+
 def _on(device: str, settings: TrainingSettings) -> TrainingSettings:
-    return check_settings(**{**settings.model_dump(), "device": device})
+    return checked_as(type(settings), {**settings.model_dump(), "device": device})
 
 
 def _labels_of(cohort: Cohort, labels: Labels) -> dict[str, Any]:
@@ -268,14 +301,14 @@ class _Digests:
             self._images[case.images] = case.digest()
         return self._images[case.images]
 
-    def of_all(self, cases: Iterable[Case], labels: Labels) -> dict[str, str]:
-        """Case -> digest of its image, where that lies in space, and its label, of which these are asked for."""
+    def of_all(self, cases: Iterable[Case], labels: Labels | None) -> dict[str, str]:
+        """Case -> digest of its image, where that lies in space, and its label, unless none are asked for."""
         return {case.id: self._of(case, labels) for case in cases}
 
-    def _of(self, case: Case, labels: Labels) -> str:
-        place = case, labels.values_covered
+    def _of(self, case: Case, labels: Labels | None) -> str:
+        place = case, () if labels is None else labels.values_covered
         if place not in self._whole:
-            label = case.label_digest(labels)
+            label = "" if labels is None else case.label_digest(labels)
             there = [channel for channel in case.load().channels if channel is not None]
             grids = b"".join(np.asarray(channel.affine, dtype="<f8").tobytes() for channel in there)
             self._whole[place] = "-".join((self.image(case), _digest(grids), label))

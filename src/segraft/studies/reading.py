@@ -88,7 +88,7 @@ def changed(
     Args:
         study: as read.
         given: field -> value; None leaves the study's own.
-        weights: of every base that names none, which is then not pre-trained.
+        weights: of every base that names none and does not start at random, which is then not pre-trained.
         base_labels: names of the outputs of these weights.
         arguments: of every network, beside its own.
 
@@ -99,9 +99,9 @@ def changed(
     content |= {field: value for field, value in given.items() if value is not None}
     if weights is not None:
         for base in content["bases"].values():
-            if base["weights"] is None:
+            if base["weights"] is None and not base["random"]:
                 names = tuple(base_labels) or base["labels"]
-                base |= {"weights": weights, "labels": names, "training": {}, "patients": None}
+                base |= {"weights": weights, "labels": names, "encoder": None, "training": {}, "patients": None}
     elif base_labels:
         raise SegraftError("--base-labels name the outputs of weights from elsewhere: give --weights too.")
     for base in content["bases"].values():

@@ -20,16 +20,16 @@ class Run:
     """What one training is to do, complete in itself: a process on another machine needs nothing else.
 
     Attributes:
-        kind: `pretrain` and `import` make a base; `adapt` makes an adapter and tests it.
+        kind: `pretrain`, `masked`, `import` and `random` make a base; `adapt` makes an adapter and tests it.
         identity: everything that the result depends on; its digest names the folder. Scans are in it by their content.
-        data: what it reads: `dataset.json`, or the weights to import.
+        data: what it reads: `dataset.json`, a list of scans, or the weights to import; empty where it reads nothing.
         patient_pattern: that its patients are told by.
         train: ids of the cases to train on; empty where nothing is trained.
         test: ids of the cases to test on.
         base: the key of the run that makes the base.
     """
 
-    kind: Literal["pretrain", "import", "adapt"]
+    kind: Literal["pretrain", "masked", "import", "random", "adapt"]
     identity: Mapping[str, Any]
     data: str
     patient_pattern: str | None

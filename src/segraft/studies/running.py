@@ -10,11 +10,12 @@ from segraft.errors import SegraftError
 from segraft.studies.checking import check_study
 from segraft.studies.designs import Design, Planned, design_of
 from segraft.studies.engines import ENGINES
+from segraft.studies.phantoms import with_phantoms
 from segraft.studies.planning import PLAN, Plan, plan
 from segraft.studies.run import Outcome, Runs, is_finished
 from segraft.studies.spec import Study
 
-RUNS = "runs"
+RUNS, PHANTOMS = "runs", "phantoms"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def run_study(
     """Do every run of a study that is not finished; started again, it goes on where it was.
 
     Args:
-        study: with its cohorts.
+        study: with its cohorts, or with `phantoms`, which are drawn into the folder then.
         out: folder of the study.
         engine: a key of `ENGINES`.
         workers: runs at a time (of Ray: per machine).
@@ -69,6 +70,7 @@ def run_study(
     if (out / PLAN).is_file() and (there := Plan.read(out / PLAN).study.name) != study.name:
         raise SegraftError(f"{out} holds the study {there}: choose another --out for {study.name}.")
     check_study(study)
+    study = with_phantoms(study, out / PHANTOMS)
     runs = Runs(out / RUNS)
     planned = plan(study, runs, device=device, console=console)
     planned.write(out / PLAN)

@@ -1,6 +1,6 @@
 """A study as data: what a YAML file says, checked as a whole before anything runs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from segraft.adapters import AdapterSpec
 from segraft.errors import SegraftError
+from segraft.training.mae import check_masked_settings
 from segraft.training.settings import TrainingSettings, check_settings
 from segraft.training.strategies import STRATEGIES, selectors
 
@@ -23,30 +24,96 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class Encoder(_Part):
+    """The masked auto-encoder whose encoder a base starts with.
+
+    Attributes:
+        network: a key of `segraft.networks.NETWORKS` that is a `MaskedAutoencoder`.
+        arguments: of it, without its `img_size`, which is the patch of the study's preparation.
+    """
+
+    network: str = "vit_base"
+    arguments: dict[str, Any] = {}
+
+
+Start = Literal["labels", "masked", "weights", "random"]
+"""How a base comes by its weights: it learns labels, is given an encoder that was a masked auto-encoder's, or weights
+from elsewhere, or is not pre-trained."""
+
+
 class Base(_Part):
     """A network, and how it is pre-trained, or where its weights are.
 
     Attributes:
         network: a key of `segraft.networks.NETWORKS`, or `package.module:Class`.
         arguments: of the network.
+        encoder: its encoder is pre-trained on single channels of scans, without labels; the rest starts at random.
         weights: a file of weights from elsewhere, relative to the study's file: then nothing is pre-trained.
+        random: it starts at random as a whole, and nothing is pre-trained.
         labels: names of the outputs of such weights, in order; none where the file is known to name its own.
         patients: of the pre-training cohort to draw; None means all that are not in the study itself.
-        training: settings of the pre-training (`TrainingSettings`).
+        training: settings of the pre-training (`TrainingSettings`, of an encoder `MaskedSettings`).
     """
 
     network: str
     arguments: dict[str, Any] = {}
+    encoder: Encoder | None = None
     weights: Path | None = None
+    random: bool = False
     labels: tuple[str, ...] = ()
     patients: int | None = Field(default=None, ge=1)
     training: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _either(self) -> Self:
-        if self.weights is not None and (self.training or self.patients):
-            raise ValueError("it has weights, so nothing is pre-trained: leave its training and patients out")
+        starts = self._starts()
+        if len(starts) > 1:
+            raise ValueError(
+                f"it has {' and '.join(starts.values())}, and can begin with one of them alone: take one out"
+            )
+        if self.start in ("weights", "random") and (self.training or self.patients):
+            raise ValueError(
+                f"it has {starts[self.start]}, so nothing is pre-trained: leave its training and patients out"
+            )
+        if self.start in ("masked", "random") and self.labels:
+            raise ValueError("labels are the names of the outputs of its weights, and it has none: leave them out")
         return self
+
+    def _starts(self) -> dict[Start, str]:
+        """What it is said to begin with, in words."""
+        asked: tuple[tuple[Start, str, bool], ...] = (
+            ("weights", "weights", self.weights is not None),
+            ("masked", "an encoder to pre-train", self.encoder is not None),
+            ("random", "a random start", self.random),
+        )
+        return {start: words for start, words, there in asked if there}
+
+    @property
+    def start(self) -> Start:
+        """How it comes by its weights."""
+        return next(iter(self._starts()), "labels")
+
+    def settings(self) -> TrainingSettings:
+        """Of its pre-training.
+
+        Raises:
+            SegraftError: as `settings_of`.
+        """
+        return settings_of(self.training, check_masked_settings if self.start == "masked" else check_settings)
+
+
+class Phantoms(_Part):
+    """Synthetic brains (`segraft.data.phantom_contrasts`) to run a study on where no cohort is given.
+
+    Attributes:
+        patients: with labels.
+        unlabelled: further ones, each scanned in one contrast, to pre-train an encoder on.
+        seed: of all of them.
+    """
+
+    patients: int = Field(ge=2)
+    unlabelled: int = Field(ge=1)
+    seed: int = Field(default=0, ge=0)
 
 
 class Arms(_Part):
@@ -82,9 +149,10 @@ class Study(_Part):
         labels: of it; none means all.
         patient_pattern: regular expression whose first group, searched in a case's id, is the patient.
         patients: of it to draw; None means all.
-        pretrain_data: `dataset.json` that the bases learn from. Where it is the same cohort, patients of the study
-            never pre-train.
+        pretrain_data: `dataset.json` that the bases learn from, or a list of scans without labels for encoders (None:
+            `data`). Where it is the same cohort, patients of the study never pre-train.
         pretrain_labels: of that.
+        phantoms: to draw where there is no `data`; None draws none.
         folds: of the cross-validation, by patient; three where there are no shots.
         shots: patients to adapt to, each number for itself; all are tested on the same other patients.
         test_patients: of a study of shots; None means half of the patients, rounded down.
@@ -112,6 +180,7 @@ class Study(_Part):
     patients: int | None = Field(default=None, ge=2)
     pretrain_data: Path | None = None
     pretrain_labels: tuple[str, ...] = ()
+    phantoms: Phantoms | None = None
     folds: int | None = Field(default=None, ge=2)
     shots: tuple[int, ...] = ()
     test_patients: int | None = Field(default=None, ge=1)
@@ -181,7 +250,7 @@ class Study(_Part):
             for arm in arms_of(arms):
                 arm.spec()
         for base in self.bases.values():
-            settings_of(base.training)
+            base.settings()
         arms_there = [arm for arms in self.arms for arm in arms_of(arms)]
         names = [arm.name for arm in arms_there]
         twice = {name for name in names if names.count(name) > 1}
@@ -206,8 +275,8 @@ class Study(_Part):
         return settings_of({**given, "seed": seed})
 
 
-def settings_of(values: Mapping[str, Any]) -> TrainingSettings:
-    """Settings of one training of a study.
+def settings_of(values: Mapping[str, Any], check: Callable[..., TrainingSettings] = check_settings) -> TrainingSettings:
+    """Settings of one training of a study, as `check` makes them.
 
     Raises:
         SegraftError: a value that does not fit, or one that is for the engine to choose.
@@ -217,7 +286,7 @@ def settings_of(values: Mapping[str, Any]) -> TrainingSettings:
         raise SegraftError(
             f"training setting {min(engines)} is not of a study, whose runs are spread by its engine: leave it out."
         )
-    return check_settings(**values)
+    return check(**values)
 
 
 class Arm(_Part):

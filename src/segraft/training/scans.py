@@ -62,7 +62,7 @@ class ScanSource(Dataset[dict[str, Any]]):
         self._seed = seed
         self._patches = patches_per_volume
         if flip_axes is None:
-            flip_axes = [axis for axis, code in enumerate(preparation.orientation) if code in "LR"]
+            flip_axes = preparation.flip_axes
         kind = AUGMENTATIONS[augmentation]
         self._augmentation = None if kind is None else kind(tuple(flip_axes))
         self._volumes = [_volume(case, preparation) for case in watch(cases)]
