@@ -2,9 +2,9 @@
 
     python examples/nnunet_agreement.py --data D/dataset.json
 
-Plans and preprocesses the Decathlon's hippocampus MRI with nnU-Net, as it does by itself, trains its 3D network for some
-iterations of small batches, and segments the other cases with `nnUNetPredictor` as it is shipped (its sums are in half
-precision) and with `segraft.jobs.predict("nnunet:…")`. Writes docs/results/nnunet_agreement.json.
+Plans and preprocesses the Decathlon's hippocampus MRI with nnU-Net, as it does by itself, trains its 3D network for
+some iterations of small batches, and segments the other cases with `nnUNetPredictor` as it is shipped (its sums are in
+half precision) and with `segraft.jobs.predict("nnunet:…")`. Writes docs/results/nnunet_agreement.json.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def train(folder: Path, iterations: int, batch: int) -> Path:
     plans["configurations"]["3d_fullres"]["batch_size"] = batch
     path.write_text(json.dumps(plans))
     preprocess_dataset(NUMBER, identifier, ("3d_fullres",), [1])
-    os.environ["nnUNet_n_proc_DA"] = "0"  # augmentation in this process
+    os.environ |= {"nnUNet_n_proc_DA": "0"}  # augmentation in this process
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002  nnU-Net draws from it
     dataset_json = json.loads((folder / "preprocessed" / NAME / "dataset.json").read_text())
