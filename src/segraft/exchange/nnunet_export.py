@@ -15,6 +15,7 @@ from segraft.errors import SegraftError
 from segraft.exchange.formats import Finished
 from segraft.exchange.nnunet import FINAL, NETWORK, Checkpoint
 from segraft.networks.heads import BACKGROUND, Outputs, require_head
+from segraft.networks.inputs import Inputs
 
 USUAL_OVERLAP = 0.5
 
@@ -86,6 +87,15 @@ def _descriptions(
     plans, dataset = deepcopy(dict(arguments["plans"])), deepcopy(dict(arguments["dataset_json"]))
     flat = len(preparation.spacing) == 2
     plans["configurations"][base.configuration]["patch_size"] = list(preparation.patch[: 2 if flat else 3])
+    if Inputs.of(finished.header.record["base"]) is not None:  # other channels than those of its plans
+        each = preparation.normalization
+        plans["configurations"][base.configuration] |= {
+            "normalization_schemes": [channel.scheme for channel in each],
+            "use_mask_for_norm": [channel.masked for channel in each],
+        }
+        statistics = {str(place): channel.statistics for place, channel in enumerate(each)}
+        plans["foreground_intensity_properties_per_channel"] = statistics
+        dataset["channel_names"] = {str(place): name for place, name in enumerate(finished.channels)}
     order = _order(labels)
     dataset.pop("regions_class_order", None)
     if labels.regions:
