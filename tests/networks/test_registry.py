@@ -12,7 +12,7 @@ from segraft.adapters import AdapterSpec, adapter_tensors, graft, parts_of, requ
 from segraft.adapters.selection import NAMED, base_parameters
 from segraft.errors import SegraftError
 from segraft.networks import NETWORKS, UNet, build
-from segraft.networks.registry import FOREIGN_PARTS, size_multiple, spatial_dims
+from segraft.networks.registry import FOREIGN_PARTS, size_multiple, spatial_dims, usual_names
 
 SMALL = {
     "monai.networks.nets.segresnet.SegResNet": {"init_filters": 8},
@@ -214,3 +214,15 @@ def test_own_parts_of_a_network_are_kept(monkeypatch):
 
 def test_an_object_with_parts_of_another_kind_has_none():
     assert parts_of(SimpleNamespace(parts=["head"])) == {}
+
+
+@pytest.mark.parametrize(
+    ("network", "arguments", "expected"),
+    [
+        ("monai.networks.nets:SegResNet", {"in_chans": 2, "init_filters": 8}, {"in_chans": 2, "init_filters": 8}),
+        ("unet", {"num_classes": 2}, {"num_classes": 2}),  # it takes out_channels: the constructor refuses the other
+        ("monai.networks.nets:ViT", {"num_classes": 2, "in_channels": 1}, {"out_channels": 2, "in_channels": 1}),
+    ],
+)
+def test_the_usual_names_of_arguments(network, arguments, expected):
+    assert usual_names(network, arguments) == expected
