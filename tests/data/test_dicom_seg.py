@@ -19,6 +19,7 @@ from scipy.spatial.transform import Rotation
 from segraft import __version__
 from segraft.data.case import Case
 from segraft.data.dicom import read_series
+from segraft.data.dicom_files import holds_series
 from segraft.data.dicom_seg import is_segmentation, read_segments, segmentation_file
 from segraft.data.dicom_seg_writing import Found, Origin, require_writable, write_segmentation
 from segraft.data.dicom_writing import write_series
@@ -336,6 +337,12 @@ def test_segments_that_are_no_labels(scan, seg, names, labels, says):
         read(seg, labels, scan)
 
 
+def test_a_seg_among_the_slices(scan, seg):
+    shutil.copy(seg, scan / "slice_0009.dcm")
+    with pytest.raises(SegraftError, match=r"slice_0009.dcm is a SEG, no slice of a scan: move it out of the folder"):
+        read_series(scan)
+
+
 def test_another_series(seg, tmp_path):
     with pytest.raises(SegraftError, match=r"refers to the series .* give the series it was drawn on"):
         read(seg, LABELS, series(tmp_path / "other", seed=7))
@@ -474,9 +481,23 @@ def test_folders(scan, seg, tmp_path):
         segmentation_file(scan)
 
 
+@pytest.mark.parametrize("name", ["DICOMDIR", "._slice_0000.dcm", "AAA.txt"])
+def test_what_is_no_slice_beside_the_slices(scan, seg, tmp_path, name):
+    """Nor is it asked which series it is, nor does it count among the files of a label's folder."""
+    other = series(tmp_path / "other", seed=7) / "slice_0000.dcm"
+    shutil.copy(other, scan / name)
+    np.testing.assert_array_equal(read(seg, LABELS, scan), mask_of())
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shutil.copy(other, folder / name)
+    assert not holds_series(folder)
+    shutil.copy(seg, folder / "seg.dcm")
+    assert segmentation_file(folder) == folder / "seg.dcm"
+
+
 def test_a_case_is_known_by_its_segments_and_what_they_are_taken_for(seg, scan, tmp_path):
     def digest(path: Path, labels: Labels) -> str:
-        return Case("p", "p", (scan,), path, known=labels).label_digest([1])
+        return Case("p", "p", (scan,), path, segment_labels=labels).label_digest([1])
 
     shutil.copy(seg, tmp_path / "copy.dcm")
     other = write(Found(LABELS, mask_of(seed=3), {}), scan, tmp_path / "other.dcm")

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from segraft.data.dicom import LPS_TO_RAS
+from segraft.data.dicom_geometry import LPS_TO_RAS
 from segraft.errors import SegraftError
 
 if TYPE_CHECKING:

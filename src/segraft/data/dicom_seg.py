@@ -9,9 +9,11 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from segraft.data.dicom import SEG_SUFFIX, is_dicom, load_highdicom, load_pydicom, log_once, warnings_logged
 from segraft.data.dicom_codes import UNKNOWN, structure_of
+from segraft.data.dicom_files import SEG_SUFFIX, dicom_files, is_dicom
 from segraft.data.dicom_frames import DAMAGED, frame_voxels
+from segraft.data.dicom_slices import SEG_CLASSES
+from segraft.data.dicom_tools import load_highdicom, load_pydicom, log_once, warnings_logged
 from segraft.data.labels import Labels
 from segraft.data.overlapping import joined
 from segraft.errors import SegraftError
@@ -34,7 +36,7 @@ def segmentation_file(label: Path) -> Path:
     """
     if not label.is_dir():
         return label
-    files = sorted(file for file in label.iterdir() if file.is_file() and file.name != "DICOMDIR" and is_dicom(file))
+    files = dicom_files(label)
     if len(files) != 1:
         raise SegraftError(f"the label {label} is a folder of {len(files)} DICOM files: name the one DICOM SEG.")
     return files[0]
@@ -112,8 +114,7 @@ def _read(path: Path) -> "Dataset":
         raise SegraftError(f"the label {path} cannot be read ({error.strerror}): correct the path.") from error
     except (pydicom.errors.InvalidDicomError, *DAMAGED) as error:
         raise SegraftError(f"the label {path} is no DICOM file, or a damaged one ({error}): copy it again.") from error
-    kinds = (pydicom.uid.SegmentationStorage, "1.2.840.10008.5.1.4.1.1.66.7")  # the second is Label Map Segmentation
-    if header.get("SOPClassUID") not in kinds:
+    if header.get("SOPClassUID") not in SEG_CLASSES:
         kind = header.get("Modality") or "an unknown kind"
         raise SegraftError(f"the label {path} is DICOM of {kind}, no SEG: convert it to a DICOM SEG or NIfTI.")
     try:
@@ -133,7 +134,7 @@ def _require_reference(path: Path, segmentation: "Dataset", scan: Path) -> bool:
     if not scan.is_dir():
         return False
     pydicom = load_pydicom()
-    file = next(file for file in sorted(scan.iterdir()) if file.is_file() and is_dicom(file))
+    file = dicom_files(scan)[0]
     mine = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["SeriesInstanceUID", "FrameOfReferenceUID"])
     series = {each.get("SeriesInstanceUID") for each in segmentation.get("ReferencedSeriesSequence") or ()}
     if series:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from segraft._version import __version__
 from segraft.atomic import replacing
-from segraft.data.dicom import load_highdicom, load_pydicom, read_sources, warnings_logged
+from segraft.data.dicom import read_sources
 from segraft.data.dicom_codes import code, structure_of
+from segraft.data.dicom_tools import load_highdicom, load_pydicom, warnings_logged
 from segraft.errors import SegraftError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from segraft.atomic import replacing
-from segraft.data.dicom import holds_series
+from segraft.data.dicom_files import holds_series
 from segraft.errors import SegraftError
 
 SUFFIXES = (".nii", ".nii.gz")

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import nibabel as nib
 
-from segraft.data.dicom import holds_series, is_dicom, read_series
+from segraft.data.dicom import read_series
+from segraft.data.dicom_files import holds_series, is_dicom
 from segraft.data.nifti import SUFFIXES, load_nifti
 from segraft.errors import SegraftError
 

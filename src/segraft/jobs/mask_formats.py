@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from segraft.data.channels import Scan
-from segraft.data.dicom import SEG_SUFFIX
+from segraft.data.dicom_files import SEG_SUFFIX
 from segraft.data.dicom_seg_writing import Found, Origin, require_writable, write_segmentation
 from segraft.data.nifti import SUFFIXES, write_mask
 from segraft.errors import SegraftError
