@@ -372,6 +372,46 @@ def test_frames_beside_the_voxels(seg, affine, shape):
         read_segments(seg, LABELS, None, image, Path("scan.nii.gz"))
 
 
+def sizes(path: Path, **tags) -> None:
+    """Change Pixel Measures; None removes one."""
+    dataset = pydicom.dcmread(path)
+    measures = dataset.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    for tag, value in tags.items():
+        if value is None:
+            delattr(measures, tag)
+        else:
+            setattr(measures, tag, value)
+    dataset.save_as(path)
+
+
+@pytest.mark.parametrize("thickness", [0, 2, 4])
+def test_thick_slices_by_where_they_lie(scan, seg, thickness):
+    """Where nothing says how far apart they are: thick ones are not for a thin scan, whose own are."""
+    sizes(seg, SpacingBetweenSlices=None, SliceThickness=thickness)
+    np.testing.assert_array_equal(read(seg, LABELS, scan), mask_of())
+    image = nib.Nifti1Image(np.zeros(SHAPE, np.int16), AFFINE)
+    np.testing.assert_array_equal(read_segments(seg, LABELS, None, image, Path("scan.nii.gz")).dataobj, mask_of())
+    thin = nib.Nifti1Image(np.zeros((5, 6, 8), np.int16), AFFINE @ np.diag([1, 1, 0.5, 1]))
+    with pytest.raises(SegraftError, match="do not lie on the voxels of its image"):
+        read_segments(seg, LABELS, None, thin, Path("scan.nii.gz"))
+
+
+def test_a_single_frame_by_its_thickness(scan, tmp_path):
+    mask = np.where(np.arange(SHAPE[2]) == 1, mask_of(values=(0, 1)), 0)
+    seg = write(Found({1: "liver"}, mask, {}), scan, tmp_path / "seg.dcm")
+    sizes(seg, SpacingBetweenSlices=None)
+    thick, thin = (
+        nib.Nifti1Image(np.zeros((5, 6, 4 * k), np.int16), AFFINE @ np.diag([1, 1, 1 / k, 1])) for k in (1, 2)
+    )
+    np.testing.assert_array_equal(read_segments(seg, LABELS, None, thick, Path("scan.nii.gz")).dataobj, mask)
+    with pytest.raises(SegraftError, match="do not lie on the voxels of its image"):
+        read_segments(seg, LABELS, None, thin, Path("scan.nii.gz"))
+    sizes(seg, SliceThickness=0)
+    with pytest.raises(SegraftError, match="says nowhere how thick its slices are"):
+        read_segments(seg, LABELS, None, thick, Path("scan.nii.gz"))
+    np.testing.assert_array_equal(read(seg, LABELS, scan), mask)  # which it refers to
+
+
 def test_a_part_of_the_scan(seg):
     """Frames may lie in a larger scan, but marks not outside of one."""
     larger = nib.Nifti1Image(np.zeros((5, 6, 9), np.int16), AFFINE @ nib.affines.from_matvec(np.eye(3), [0, 0, -2]))
@@ -459,6 +499,72 @@ def test_damaged(scan, seg, spoil, says):
     spoil(seg)
     with pytest.raises(SegraftError, match=says):
         read(seg, LABELS, scan)
+
+
+def without_groups(dataset: pydicom.Dataset) -> None:
+    dataset.PerFrameFunctionalGroupsSequence = dataset.PerFrameFunctionalGroupsSequence[:-3]
+
+
+def with_fewer_frames(dataset: pydicom.Dataset) -> None:
+    without_groups(dataset)
+    dataset.NumberOfFrames -= 3
+
+
+def with_more_frames(dataset: pydicom.Dataset) -> None:
+    dataset.NumberOfFrames = 2**31 - 1
+
+
+def with_fewer_rows(dataset: pydicom.Dataset) -> None:
+    dataset.Rows -= 1
+
+
+def with_many_rows(dataset: pydicom.Dataset) -> None:
+    dataset.Rows = dataset.Columns = 60_000
+
+
+def with_fewer_pixels(dataset: pydicom.Dataset) -> None:
+    dataset.PixelData = dataset.PixelData[:-2]
+
+
+def with_wider_pixels(dataset: pydicom.Dataset) -> None:
+    dataset.BitsAllocated = 8
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (without_groups, "9 of 12 frames"),
+        (with_more_frames, "12 of 2147483647 frames"),
+        (with_fewer_frames, r"\d+ bytes of pixels, and 9 frames"),
+        (with_fewer_rows, r"\d+ bytes of pixels, and 12 frames of 5 rows"),
+        (with_many_rows, r"\d+ bytes of pixels, and 12 frames of 60000 rows"),
+        (with_fewer_pixels, r"\d+ bytes of pixels, and 12 frames"),
+        (with_wider_pixels, r"\d+ bytes of pixels, and 12 frames"),
+    ],
+)
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.1.99"])
+def test_frames_that_are_not_all_there(scan, seg, spoil, says, syntax):
+    """Where frames have no groups, or others than their pixels are for, no part of them is read."""
+    dataset = pydicom.dcmread(seg)
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.UID(syntax)
+    dataset.save_as(seg, implicit_vr=syntax == "1.2.840.10008.1.2", little_endian=True)
+    np.testing.assert_array_equal(read(seg, LABELS, scan), mask_of())
+    dataset = pydicom.dcmread(seg)
+    spoil(dataset)
+    dataset.save_as(seg)
+    with pytest.raises(SegraftError, match=f"seg.dcm .*{says}.*: export it again"):
+        read(seg, LABELS, scan)
+
+
+def test_compressed_frames_that_are_not_all_there(scan, tmp_path):
+    path = other_type(scan, tmp_path / "s.dcm", "LABELMAP", (mask_of() == 1).astype(np.uint8))
+    dataset = pydicom.dcmread(path)
+    dataset.compress(pydicom.uid.RLELossless)
+    dataset.save_as(path)
+    np.testing.assert_array_equal(read(path, LABELS, scan), mask_of() == 1)
+    change(path, NumberOfFrames=3)
+    with pytest.raises(SegraftError, match="4 of 3 frames"):
+        read(path, LABELS, scan)
 
 
 def test_dicom_that_is_no_seg(scan):

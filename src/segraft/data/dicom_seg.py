@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from segraft.data.dicom_codes import UNKNOWN, structure_of
 from segraft.data.dicom_files import SEG_SUFFIX, dicom_files, is_dicom
-from segraft.data.dicom_frames import DAMAGED, frame_voxels
+from segraft.data.dicom_frames import DAMAGED, frame_voxels, require_all_frames
 from segraft.data.dicom_slices import SEG_CLASSES
 from segraft.data.dicom_tools import load_highdicom, load_pydicom, log_once, warnings_logged
 from segraft.data.labels import Labels
@@ -118,9 +118,13 @@ def _read(path: Path) -> "Dataset":
         kind = header.get("Modality") or "an unknown kind"
         raise SegraftError(f"the label {path} is DICOM of {kind}, no SEG: convert it to a DICOM SEG or NIfTI.")
     try:
-        segmentation: Dataset = highdicom.seg.segread(path)
-        if not segmentation.SegmentSequence or not segmentation.PerFrameFunctionalGroupsSequence:
+        dataset = pydicom.dcmread(path)
+        if not dataset.SegmentSequence or not dataset.PerFrameFunctionalGroupsSequence:
             raise ValueError("no segments or no frames")
+        require_all_frames(path, dataset)
+        segmentation: Dataset = highdicom.seg.Segmentation.from_dataset(dataset, copy=False)
+    except SegraftError:
+        raise
     except DAMAGED as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise SegraftError(
