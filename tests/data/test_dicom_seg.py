@@ -252,6 +252,44 @@ def test_what_a_series_must_say(scan, tmp_path, tags, says):
     assert not (tmp_path / "s.dcm").exists()
 
 
+@pytest.mark.parametrize(
+    ("tags", "says"),
+    [
+        ({"StudyInstanceUID": "1.2.3"}, "StudyInstanceUID"),
+        ({"FrameOfReferenceUID": "1.2.3"}, "FrameOfReferenceUID"),
+        ({"PatientID": "secret"}, "PatientID"),
+        ({"PatientName": "secret"}, "PatientName"),
+        ({"PatientName": None}, "PatientName"),
+    ],
+)
+def test_what_all_slices_must_say_alike(scan, tmp_path, tags, says):
+    change(scan / "slice_0002.dcm", **tags)
+    for refused in (
+        lambda: require_writable(scan, LABELS, ORIGIN),
+        lambda: write(Found(LABELS, mask_of(), {}), scan, tmp_path / "s.dcm"),
+    ):
+        with pytest.raises(SegraftError, match=f"slice_0002.dcm has another {says} than .*slice_0000.dcm") as told:
+            refused()
+        assert "secret" not in str(told.value)
+
+
+def test_each_slice_is_an_instance_of_its_own(scan):
+    change(scan / "slice_0002.dcm", SOPInstanceUID=pydicom.dcmread(scan / "slice_0001.dcm").SOPInstanceUID)
+    with pytest.raises(SegraftError, match=r"slice_0002.dcm has the SOPInstanceUID of .*slice_0001.dcm"):
+        require_writable(scan, LABELS, ORIGIN)
+
+
+def test_directions_that_are_rounded_differently(tmp_path):
+    """As much as `read_series` takes; with names in the other order, as which slice is the first must not matter."""
+    shape = (401, 3, 3)
+    scan, mask = series(tmp_path / "scan", shape), mask_of(shape)
+    for k, file in enumerate(sorted(scan.iterdir())):
+        change(file, ImageOrientationPatient=[-1, 0.0004 * k, 0, 0, -1, 0])
+        file.rename(file.with_name(f"{9 - k}.dcm"))
+    require_writable(scan, LABELS, ORIGIN)
+    np.testing.assert_array_equal(read(write(Found(LABELS, mask, {}), scan, tmp_path / "s.dcm"), LABELS, scan), mask)
+
+
 def test_what_a_series_may_leave_out(scan, tmp_path):
     for file in scan.iterdir():
         change(file, **dict.fromkeys(("PatientID", "PatientSex", "StudyDate", "StudyID", "AccessionNumber")))
@@ -262,11 +300,16 @@ def test_what_a_series_may_leave_out(scan, tmp_path):
     assert dataset.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SliceThickness == 4
 
 
-def test_what_highdicom_refuses_is_told(scan):
+@pytest.mark.parametrize(("tag", "value"), [("PatientSex", "WX"), ("PatientBirthDate", "SECRETDATE")])
+@pytest.mark.filterwarnings("ignore:Invalid value for VR")
+def test_what_highdicom_refuses_is_told_without_its_value(scan, caplog, tag, value):
     for file in scan.iterdir():
-        change(file, PatientSex="W")
-    with pytest.raises(SegraftError, match=r"scan has attributes that a DICOM SEG cannot take over \(.*W"):
+        change(file, **{tag: value})
+    caplog.clear()
+    with pytest.raises(SegraftError, match=f"scan has a {tag} that a DICOM SEG cannot take over") as told:
         require_writable(scan, LABELS, ORIGIN)
+    assert value not in f"{told.value} {caplog.text}"
+    assert told.value.__suppress_context__
 
 
 @pytest.mark.parametrize("name", ["l" * 65, "left\\right"])
@@ -317,6 +360,49 @@ def test_numbers_where_no_name_is_known(scan, seg, caplog):
         np.testing.assert_array_equal(mask == number, mask_of() == value)
     (told,) = caplog.messages
     assert 'segment 2 ("RED") is b' in told
+
+
+GENERIC = [
+    ("", "", ""),
+    ("Segment 1", "segment_2", "Segment-3"),
+    ("Segment_1", "Label 2", "ROI3"),
+    ("Light Blue", "DARK_GREEN", "yellow"),
+    ("1", "2", "03"),
+    ("myth", "foo", "bar"),
+]
+
+
+@pytest.mark.parametrize("names", GENERIC)
+def test_names_that_say_nothing_go_by_number(scan, seg, names):
+    rename(seg, *names)
+    labels = ("liver", "spleen", "myocardium") if names != GENERIC[-1] else ("a", "b", "c")
+    mask = read(seg, Labels(dict(enumerate(labels, start=1))), scan)
+    np.testing.assert_array_equal(mask == 2, mask_of() == 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("myocardium", "liver"),
+        ("liver", "myocardium"),
+        ("vertebrae L1", "liver"),
+        ("liver", "vertebrae L1"),
+        ("prostate or uterus", "spleen"),
+        ("psv", "left kidney"),
+        ("Segment of liver", "liver"),
+    ],
+)
+def test_what_is_known_on_either_side_is_not_taken_by_its_number(scan, seg, name, label):
+    rename(seg, name, "foo", "bar")
+    with pytest.raises(SegraftError, match=f'segment 1 of .* is "{name}", and label 1 is "{label}"'):
+        read(seg, Labels({1: label, 2: "b", 3: "c"}), scan)
+
+
+@pytest.mark.parametrize("names", [("left kidney", "kidney_left"), ("LKidney", "Left-Kidney")])
+def test_labels_that_are_one_by_name(scan, seg, names):
+    rename(seg, names[0], names[1], names[0])
+    with pytest.raises(SegraftError, match=f'labels 1 "{names[0]}" and 2 "{names[1]}" are one structure'):
+        read(seg, Labels(dict(enumerate(names, start=1))), scan)
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,10 @@ def stacked(folder: Path, slices: Sequence[Slice]) -> tuple[NDArray[np.float64],
     Raises:
         SegraftError: gaps, duplicates, or a tilted gantry.
     """
-    first = slices[0]
-    normal = np.cross(first.along_row, first.along_column)
+    normal = np.cross(slices[0].along_row, slices[0].along_column)
     ordered = sorted(slices, key=lambda each: float(each.position @ normal))
+    first = ordered[0]  # whose directions are the volume's, whatever its file is called
+    normal = np.cross(first.along_row, first.along_column)
     positions = np.stack([each.position for each in ordered])
     step = normal * _thickness(first) if len(slices) == 1 else _step(folder, ordered, positions, normal)
     affine = np.eye(4)

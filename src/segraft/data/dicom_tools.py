@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from types import ModuleType
 
 from segraft.errors import SegraftError
 
+_QUOTED = re.compile(r"'.*'|\".*\"")
 _log = logging.getLogger(__name__)
 
 
@@ -49,7 +51,8 @@ def warnings_logged(folder: Path) -> Iterator[None]:
     """Log what is warned of inside, so that it neither fails where warnings are errors nor is lost.
 
     pydicom warns where a value breaks the rules of its type but can be read (identifiers with letters, say), and where
-    pixel data are longer than they should be or contradict their description.
+    pixel data are longer than they should be or contradict their description. What it shows in quotation marks is left
+    out: it may be the patient's.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -57,7 +60,7 @@ def warnings_logged(folder: Path) -> Iterator[None]:
             yield
         finally:
             for message in dict.fromkeys(" ".join(str(each.message).split()) for each in caught):
-                log_once(folder, message)
+                log_once(folder, _QUOTED.sub("'…'", message))
 
 
 @functools.cache
