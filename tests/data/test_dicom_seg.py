@@ -612,6 +612,14 @@ def with_fewer_pixels(dataset: pydicom.Dataset) -> None:
     dataset.PixelData = dataset.PixelData[:-2]
 
 
+def of_another_type(dataset: pydicom.Dataset) -> None:
+    dataset.SegmentationType = "LABELMAP"
+
+
+def of_no_type(dataset: pydicom.Dataset) -> None:
+    dataset.SegmentationType = "OTHER"
+
+
 def with_wider_pixels(dataset: pydicom.Dataset) -> None:
     dataset.BitsAllocated = 8
 
@@ -625,7 +633,9 @@ def with_wider_pixels(dataset: pydicom.Dataset) -> None:
         (with_fewer_rows, r"\d+ bytes of pixels, and 12 frames of 5 rows"),
         (with_many_rows, r"\d+ bytes of pixels, and 12 frames of 60000 rows"),
         (with_fewer_pixels, r"\d+ bytes of pixels, and 12 frames"),
-        (with_wider_pixels, r"\d+ bytes of pixels, and 12 frames"),
+        (with_wider_pixels, "BINARY with 8 as"),
+        (of_another_type, "LABELMAP with 1 as"),
+        (of_no_type, "OTHER with 1 as"),
     ],
 )
 @pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.1.99"])

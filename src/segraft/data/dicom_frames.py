@@ -19,6 +19,8 @@ DAMAGED = (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, I
 
 _TOLERANCE = 0.1  # of a voxel's edge, anywhere in a frame
 _SAME_PLACE_MM = 1e-3
+_BITS = {"BINARY": (1,), "FRACTIONAL": (8,), "LABELMAP": (8, 16)}
+"""Types of SEG -> Bits Allocated."""
 
 
 def require_all_frames(path: Path, dataset: "Dataset") -> None:
@@ -29,15 +31,21 @@ def require_all_frames(path: Path, dataset: "Dataset") -> None:
         dataset: as pydicom reads it.
 
     Raises:
-        SegraftError: groups are missing, or left over; pixels that are not compressed are too few or too many.
+        SegraftError: groups are missing, or left over; a type that its pixels are not of; too few or too many pixels
+            that are not compressed.
     """
     frames, rows, columns = int(dataset.get("NumberOfFrames") or 1), int(dataset.Rows), int(dataset.Columns)
     groups = len(dataset.PerFrameFunctionalGroupsSequence)
     if groups != frames:
         raise SegraftError(f"the DICOM SEG {path} says of {groups} of {frames} frames where they lie: export it again.")
+    kind, bits = str(dataset.get("SegmentationType")), int(dataset.BitsAllocated)
+    if bits not in _BITS.get(kind, ()):
+        raise SegraftError(
+            f"the DICOM SEG {path} is of type {kind} with {bits} as its Bits Allocated, which no SEG is: export it again."
+        )
     if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
         return
-    needed = (frames * rows * columns * int(dataset.BitsAllocated) + 7) // 8
+    needed = (frames * rows * columns * bits + 7) // 8
     if (there := len(dataset.PixelData)) not in (needed, needed + needed % 2):
         raise SegraftError(
             f"the DICOM SEG {path} has {there} bytes of pixels, and {frames} frames of {rows} rows and {columns} "
