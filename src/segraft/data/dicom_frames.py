@@ -41,7 +41,8 @@ def require_all_frames(path: Path, dataset: "Dataset") -> None:
     kind, bits = str(dataset.get("SegmentationType")), int(dataset.BitsAllocated)
     if bits not in _BITS.get(kind, ()):
         raise SegraftError(
-            f"the DICOM SEG {path} is of type {kind} with {bits} as its Bits Allocated, which no SEG is: export it again."
+            f"the DICOM SEG {path} is of type {kind} with {bits} as its Bits Allocated, which no SEG is: export it "
+            "again."
         )
     if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
         return
