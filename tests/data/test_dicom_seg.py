@@ -312,6 +312,20 @@ def test_what_highdicom_refuses_is_told_without_its_value(scan, caplog, tag, val
     assert told.value.__suppress_context__
 
 
+def test_what_breaks_the_rules_but_can_be_copied_is_logged(scan, tmp_path, caplog):
+    for file in scan.iterdir():
+        with pytest.warns(UserWarning, match="maximum length of 64"):
+            change(file, PatientID="secret" * 12)
+    caplog.clear()
+    require_writable(scan, LABELS, ORIGIN)
+    path = write(Found(LABELS, mask_of(), {}), scan, tmp_path / "s.dcm")
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("segraft")]
+    assert len(told) == 1
+    assert "exceeds the maximum length of 64" in told[0]
+    assert b"secret" * 12 in path.read_bytes()
+    assert "secret" not in caplog.text
+
+
 @pytest.mark.parametrize("name", ["l" * 65, "left\\right"])
 def test_names_that_no_segment_can_have(scan, name):
     with pytest.raises(SegraftError, match="cannot name a segment"):

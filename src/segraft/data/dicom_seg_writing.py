@@ -153,22 +153,22 @@ def _named(reason: str, source: "Dataset") -> list[str]:
 def _sources(folder: Path) -> list["Dataset"]:
     """The files that are referenced, in order, with empty values for what may be unknown."""
     load_highdicom()
-    sources = read_sources(folder)
-    for each in sources:
-        lacking = [tag for tag in _NEEDED if not each.get(tag)]
-        if lacking:
-            raise SegraftError(
-                f"the DICOM file {each.filename} has no {', '.join(lacking)}, which a DICOM SEG must name: export the "
-                "series again with all its tags, or write NIfTI."
-            )
-    _check_alike(sources)
-    for each in sources:
-        for tag in _MAY_BE_UNKNOWN:
-            if tag not in each:
-                setattr(each, tag, None)
-        if not each.get("SliceThickness"):
-            each.SliceThickness = _apart(sources) or float(each.SpacingBetweenSlices)
-        each.ImageOrientationPatient = sources[0].ImageOrientationPatient  # to the last digit: highdicom asks for it
+    with warnings_logged(folder):
+        sources = read_sources(folder)
+        for each in sources:
+            if lacking := [tag for tag in _NEEDED if not each.get(tag)]:
+                raise SegraftError(
+                    f"the DICOM file {each.filename} has no {', '.join(lacking)}, which a DICOM SEG must name: export "
+                    "the series again with all its tags, or write NIfTI."
+                )
+        _check_alike(sources)
+        for each in sources:
+            for tag in _MAY_BE_UNKNOWN:
+                if tag not in each:
+                    setattr(each, tag, None)
+            if not each.get("SliceThickness"):
+                each.SliceThickness = _apart(sources) or float(each.SpacingBetweenSlices)
+            each.ImageOrientationPatient = sources[0].ImageOrientationPatient  # to the last digit, as highdicom asks
     return sources
 
 
