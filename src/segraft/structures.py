@@ -24,6 +24,14 @@ SYNONYMS: tuple[tuple[str, ...], ...] = (
 )
 """Names of one structure in BTCV, AMOS, FLARE'22, TotalSegmentator and the few-shot paper's templates."""
 
+_COLOURS = (
+    "red|green|blue|yellow|orange|purple|violet|pink|brown|gold|olive|cyan|magenta|turquoise|teal|lime|navy|maroon|"
+    "black|white|gr[ae]y|silver"
+)
+_GENERIC = re.compile(
+    r"(unnamed |new )?(segment|segmentation|label|mask|roi|region|structure|object|class|value)? ?\d*|"
+    rf"((light|dark|bright|pale) )?({_COLOURS})( ?\d+)?"
+)
 _FIRST_NAME = {name: names[0] for names in SYNONYMS for name in names}
 
 
@@ -31,3 +39,13 @@ def same_name(name: str) -> str:
     """What two names of one structure have in common: case, `_`, `-` and blanks do not count, nor do `SYNONYMS`."""
     plain = " ".join(re.split(r"[\s_-]+", name.strip().casefold()))
     return _FIRST_NAME.get(plain, plain)
+
+
+def has_synonyms(name: str) -> bool:
+    """Whether a name is in `SYNONYMS`."""
+    return same_name(name) in _FIRST_NAME
+
+
+def says_nothing(name: str) -> bool:
+    """Whether a name is one that tools give where nobody named a structure: none, a number, "Segment 1", a colour."""
+    return _GENERIC.fullmatch(same_name(name)) is not None

@@ -122,6 +122,23 @@ class TestRefused:
         for name in ("result.dcm", "result.nii.gz"):
             refused("predict", work / "run", scan, "-o", scan / name, says=[scan, "among the files of its series"])
 
+    @pytest.mark.parametrize("kind", ["dicom-seg", "nifti"])
+    @pytest.mark.parametrize("below", ["", "out"])
+    def test_into_a_folder_that_is_given(self, refused, work, dicom, tmp_path, kind, below):
+        """Where the next run would take the masks for scans, or a SEG for the folder's series."""
+        shutil.copytree(dicom / "q0", tmp_path / "scans" / "q0")
+        out = tmp_path / "scans" / below
+        options = ("-o", out, "--format", kind)
+        refused("predict", work / "run", tmp_path / "scans", *options, says=["in the folder", tmp_path / "scans"])
+
+    def test_slices_that_are_not_of_one_study(self, refused, work, dicom, tmp_path):
+        bad = shutil.copytree(dicom / "q1", tmp_path / "bad")
+        dataset = pydicom.dcmread(bad / "slice_0003.dcm")
+        dataset.FrameOfReferenceUID = "1.2.3"
+        dataset.save_as(bad / "slice_0003.dcm")
+        options = ("-o", tmp_path / "masks", "--format", "dicom-seg")
+        refused("predict", work / "run", dicom / "q0", bad, *options, says=["slice_0003.dcm", "FrameOfReferenceUID"])
+
     def test_a_bad_series_among_good_ones_leaves_no_masks(self, refused, work, dicom, tmp_path):
         bad = shutil.copytree(dicom / "q1", tmp_path / "bad")
         dataset = pydicom.dcmread(bad / "slice_0003.dcm")
@@ -183,12 +200,21 @@ def test_results_serve_as_labels(segraft, work, dicom, tmp_path):
         ("masks", None, ".nii.gz"),
         ("m.nii", None, ".nii.gz"),
         ("m.dcm", None, ".dcm"),
+        ("m.DCM", None, ".dcm"),
+        ("m.Nii.GZ", "nifti", ".nii.gz"),
         ("masks", "dicom-seg", ".dcm"),
         ("m.dcm", "dicom-seg", ".dcm"),
     ],
 )
 def test_formats(out, asked, ending):
     assert format_of(Path(out), asked).endings[-1] == ending
+
+
+@pytest.mark.parametrize("name", ["r.DCM", "r.NII.GZ"])
+def test_endings_in_any_case(segraft, work, dicom, tmp_path, name):
+    told = segraft("predict", work / "run", dicom / "q0", "-o", tmp_path / name)
+    assert told.code == 0, told.err
+    assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
 def test_no_such_format():

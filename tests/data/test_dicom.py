@@ -14,7 +14,8 @@ from pydicom.pixels import apply_modality_lut
 from pydicom.uid import MPEG2MPML, JPEGLosslessSV1
 from scipy.spatial.transform import Rotation
 
-from segraft.data.dicom import holds_series, read_series
+from segraft.data.dicom import read_series
+from segraft.data.dicom_files import holds_series
 from segraft.data.dicom_writing import write_series
 from segraft.errors import SegraftError
 
@@ -261,7 +262,7 @@ def test_what_pydicom_warns_of_is_logged_once(series, caplog):
         file.write_bytes(file.read_bytes().replace(uid, b"1.2.x" + uid[5:]))
     for _ in range(2):
         np.testing.assert_array_equal(read_series(series).dataobj, volume().dataobj)
-    told = [record.getMessage() for record in caplog.records if record.name == "segraft.data.dicom"]
+    told = [record.getMessage() for record in caplog.records if record.name == "segraft.data.dicom_tools"]
     assert len(told) == 2
     assert "Invalid value for VR UI" in told[0]
     assert "8 bytes of excess padding" in told[1]

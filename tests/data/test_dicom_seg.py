@@ -19,6 +19,7 @@ from scipy.spatial.transform import Rotation
 from segraft import __version__
 from segraft.data.case import Case
 from segraft.data.dicom import read_series
+from segraft.data.dicom_files import holds_series
 from segraft.data.dicom_seg import is_segmentation, read_segments, segmentation_file
 from segraft.data.dicom_seg_writing import Found, Origin, require_writable, write_segmentation
 from segraft.data.dicom_writing import write_series
@@ -251,6 +252,44 @@ def test_what_a_series_must_say(scan, tmp_path, tags, says):
     assert not (tmp_path / "s.dcm").exists()
 
 
+@pytest.mark.parametrize(
+    ("tags", "says"),
+    [
+        ({"StudyInstanceUID": "1.2.3"}, "StudyInstanceUID"),
+        ({"FrameOfReferenceUID": "1.2.3"}, "FrameOfReferenceUID"),
+        ({"PatientID": "secret"}, "PatientID"),
+        ({"PatientName": "secret"}, "PatientName"),
+        ({"PatientName": None}, "PatientName"),
+    ],
+)
+def test_what_all_slices_must_say_alike(scan, tmp_path, tags, says):
+    change(scan / "slice_0002.dcm", **tags)
+    for refused in (
+        lambda: require_writable(scan, LABELS, ORIGIN),
+        lambda: write(Found(LABELS, mask_of(), {}), scan, tmp_path / "s.dcm"),
+    ):
+        with pytest.raises(SegraftError, match=f"slice_0002.dcm has another {says} than .*slice_0000.dcm") as told:
+            refused()
+        assert "secret" not in str(told.value)
+
+
+def test_each_slice_is_an_instance_of_its_own(scan):
+    change(scan / "slice_0002.dcm", SOPInstanceUID=pydicom.dcmread(scan / "slice_0001.dcm").SOPInstanceUID)
+    with pytest.raises(SegraftError, match=r"slice_0002.dcm has the SOPInstanceUID of .*slice_0001.dcm"):
+        require_writable(scan, LABELS, ORIGIN)
+
+
+def test_directions_that_are_rounded_differently(tmp_path):
+    """As much as `read_series` takes; with names in the other order, as which slice is the first must not matter."""
+    shape = (401, 3, 3)
+    scan, mask = series(tmp_path / "scan", shape), mask_of(shape)
+    for k, file in enumerate(sorted(scan.iterdir())):
+        change(file, ImageOrientationPatient=[-1, 0.0004 * k, 0, 0, -1, 0])
+        file.rename(file.with_name(f"{9 - k}.dcm"))
+    require_writable(scan, LABELS, ORIGIN)
+    np.testing.assert_array_equal(read(write(Found(LABELS, mask, {}), scan, tmp_path / "s.dcm"), LABELS, scan), mask)
+
+
 def test_what_a_series_may_leave_out(scan, tmp_path):
     for file in scan.iterdir():
         change(file, **dict.fromkeys(("PatientID", "PatientSex", "StudyDate", "StudyID", "AccessionNumber")))
@@ -261,11 +300,30 @@ def test_what_a_series_may_leave_out(scan, tmp_path):
     assert dataset.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SliceThickness == 4
 
 
-def test_what_highdicom_refuses_is_told(scan):
+@pytest.mark.parametrize(("tag", "value"), [("PatientSex", "WX"), ("PatientBirthDate", "SECRETDATE")])
+@pytest.mark.filterwarnings("ignore:Invalid value for VR")
+def test_what_highdicom_refuses_is_told_without_its_value(scan, caplog, tag, value):
     for file in scan.iterdir():
-        change(file, PatientSex="W")
-    with pytest.raises(SegraftError, match=r"scan has attributes that a DICOM SEG cannot take over \(.*W"):
+        change(file, **{tag: value})
+    caplog.clear()
+    with pytest.raises(SegraftError, match=f"scan has a {tag} that a DICOM SEG cannot take over") as told:
         require_writable(scan, LABELS, ORIGIN)
+    assert value not in f"{told.value} {caplog.text}"
+    assert told.value.__suppress_context__
+
+
+def test_what_breaks_the_rules_but_can_be_copied_is_logged(scan, tmp_path, caplog):
+    for file in scan.iterdir():
+        with pytest.warns(UserWarning, match="maximum length of 64"):
+            change(file, PatientID="secret" * 12)
+    caplog.clear()
+    require_writable(scan, LABELS, ORIGIN)
+    path = write(Found(LABELS, mask_of(), {}), scan, tmp_path / "s.dcm")
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("segraft")]
+    assert len(told) == 1
+    assert "exceeds the maximum length of 64" in told[0]
+    assert b"secret" * 12 in path.read_bytes()
+    assert "secret" not in caplog.text
 
 
 @pytest.mark.parametrize("name", ["l" * 65, "left\\right"])
@@ -318,6 +376,49 @@ def test_numbers_where_no_name_is_known(scan, seg, caplog):
     assert 'segment 2 ("RED") is b' in told
 
 
+GENERIC = [
+    ("", "", ""),
+    ("Segment 1", "segment_2", "Segment-3"),
+    ("Segment_1", "Label 2", "ROI3"),
+    ("Light Blue", "DARK_GREEN", "yellow"),
+    ("1", "2", "03"),
+    ("myth", "foo", "bar"),
+]
+
+
+@pytest.mark.parametrize("names", GENERIC)
+def test_names_that_say_nothing_go_by_number(scan, seg, names):
+    rename(seg, *names)
+    labels = ("liver", "spleen", "myocardium") if names != GENERIC[-1] else ("a", "b", "c")
+    mask = read(seg, Labels(dict(enumerate(labels, start=1))), scan)
+    np.testing.assert_array_equal(mask == 2, mask_of() == 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("myocardium", "liver"),
+        ("liver", "myocardium"),
+        ("vertebrae L1", "liver"),
+        ("liver", "vertebrae L1"),
+        ("prostate or uterus", "spleen"),
+        ("psv", "left kidney"),
+        ("Segment of liver", "liver"),
+    ],
+)
+def test_what_is_known_on_either_side_is_not_taken_by_its_number(scan, seg, name, label):
+    rename(seg, name, "foo", "bar")
+    with pytest.raises(SegraftError, match=f'segment 1 of .* is "{name}", and label 1 is "{label}"'):
+        read(seg, Labels({1: label, 2: "b", 3: "c"}), scan)
+
+
+@pytest.mark.parametrize("names", [("left kidney", "kidney_left"), ("LKidney", "Left-Kidney")])
+def test_labels_that_are_one_by_name(scan, seg, names):
+    rename(seg, names[0], names[1], names[0])
+    with pytest.raises(SegraftError, match=f'labels 1 "{names[0]}" and 2 "{names[1]}" are one structure'):
+        read(seg, Labels(dict(enumerate(names, start=1))), scan)
+
+
 @pytest.mark.parametrize(
     ("names", "labels", "says"),
     [
@@ -334,6 +435,12 @@ def test_segments_that_are_no_labels(scan, seg, names, labels, says):
     rename(seg, *names)
     with pytest.raises(SegraftError, match=says):
         read(seg, labels, scan)
+
+
+def test_a_seg_among_the_slices(scan, seg):
+    shutil.copy(seg, scan / "slice_0009.dcm")
+    with pytest.raises(SegraftError, match=r"slice_0009.dcm is a SEG, no slice of a scan: move it out of the folder"):
+        read_series(scan)
 
 
 def test_another_series(seg, tmp_path):
@@ -363,6 +470,46 @@ def test_frames_beside_the_voxels(seg, affine, shape):
     image = nib.Nifti1Image(np.zeros(shape, np.int16), affine)
     with pytest.raises(SegraftError, match="do not lie on the voxels of its image"):
         read_segments(seg, LABELS, None, image, Path("scan.nii.gz"))
+
+
+def sizes(path: Path, **tags) -> None:
+    """Change Pixel Measures; None removes one."""
+    dataset = pydicom.dcmread(path)
+    measures = dataset.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    for tag, value in tags.items():
+        if value is None:
+            delattr(measures, tag)
+        else:
+            setattr(measures, tag, value)
+    dataset.save_as(path)
+
+
+@pytest.mark.parametrize("thickness", [0, 2, 4])
+def test_thick_slices_by_where_they_lie(scan, seg, thickness):
+    """Where nothing says how far apart they are: thick ones are not for a thin scan, whose own are."""
+    sizes(seg, SpacingBetweenSlices=None, SliceThickness=thickness)
+    np.testing.assert_array_equal(read(seg, LABELS, scan), mask_of())
+    image = nib.Nifti1Image(np.zeros(SHAPE, np.int16), AFFINE)
+    np.testing.assert_array_equal(read_segments(seg, LABELS, None, image, Path("scan.nii.gz")).dataobj, mask_of())
+    thin = nib.Nifti1Image(np.zeros((5, 6, 8), np.int16), AFFINE @ np.diag([1, 1, 0.5, 1]))
+    with pytest.raises(SegraftError, match="do not lie on the voxels of its image"):
+        read_segments(seg, LABELS, None, thin, Path("scan.nii.gz"))
+
+
+def test_a_single_frame_by_its_thickness(scan, tmp_path):
+    mask = np.where(np.arange(SHAPE[2]) == 1, mask_of(values=(0, 1)), 0)
+    seg = write(Found({1: "liver"}, mask, {}), scan, tmp_path / "seg.dcm")
+    sizes(seg, SpacingBetweenSlices=None)
+    thick, thin = (
+        nib.Nifti1Image(np.zeros((5, 6, 4 * k), np.int16), AFFINE @ np.diag([1, 1, 1 / k, 1])) for k in (1, 2)
+    )
+    np.testing.assert_array_equal(read_segments(seg, LABELS, None, thick, Path("scan.nii.gz")).dataobj, mask)
+    with pytest.raises(SegraftError, match="do not lie on the voxels of its image"):
+        read_segments(seg, LABELS, None, thin, Path("scan.nii.gz"))
+    sizes(seg, SliceThickness=0)
+    with pytest.raises(SegraftError, match="says nowhere how thick its slices are"):
+        read_segments(seg, LABELS, None, thick, Path("scan.nii.gz"))
+    np.testing.assert_array_equal(read(seg, LABELS, scan), mask)  # which it refers to
 
 
 def test_a_part_of_the_scan(seg):
@@ -454,6 +601,82 @@ def test_damaged(scan, seg, spoil, says):
         read(seg, LABELS, scan)
 
 
+def without_groups(dataset: pydicom.Dataset) -> None:
+    dataset.PerFrameFunctionalGroupsSequence = dataset.PerFrameFunctionalGroupsSequence[:-3]
+
+
+def with_fewer_frames(dataset: pydicom.Dataset) -> None:
+    without_groups(dataset)
+    dataset.NumberOfFrames -= 3
+
+
+def with_more_frames(dataset: pydicom.Dataset) -> None:
+    dataset.NumberOfFrames = 2**31 - 1
+
+
+def with_fewer_rows(dataset: pydicom.Dataset) -> None:
+    dataset.Rows -= 1
+
+
+def with_many_rows(dataset: pydicom.Dataset) -> None:
+    dataset.Rows = dataset.Columns = 60_000
+
+
+def with_fewer_pixels(dataset: pydicom.Dataset) -> None:
+    dataset.PixelData = dataset.PixelData[:-2]
+
+
+def of_another_type(dataset: pydicom.Dataset) -> None:
+    dataset.SegmentationType = "LABELMAP"
+
+
+def of_no_type(dataset: pydicom.Dataset) -> None:
+    dataset.SegmentationType = "OTHER"
+
+
+def with_wider_pixels(dataset: pydicom.Dataset) -> None:
+    dataset.BitsAllocated = 8
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (without_groups, "9 of 12 frames"),
+        (with_more_frames, "12 of 2147483647 frames"),
+        (with_fewer_frames, r"\d+ bytes of pixels, and 9 frames"),
+        (with_fewer_rows, r"\d+ bytes of pixels, and 12 frames of 5 rows"),
+        (with_many_rows, r"\d+ bytes of pixels, and 12 frames of 60000 rows"),
+        (with_fewer_pixels, r"\d+ bytes of pixels, and 12 frames"),
+        (with_wider_pixels, "BINARY with 8 as"),
+        (of_another_type, "LABELMAP with 1 as"),
+        (of_no_type, "OTHER with 1 as"),
+    ],
+)
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.1.99"])
+def test_frames_that_are_not_all_there(scan, seg, spoil, says, syntax):
+    """Where frames have no groups, or others than their pixels are for, no part of them is read."""
+    dataset = pydicom.dcmread(seg)
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.UID(syntax)
+    dataset.save_as(seg, implicit_vr=syntax == "1.2.840.10008.1.2", little_endian=True)
+    np.testing.assert_array_equal(read(seg, LABELS, scan), mask_of())
+    dataset = pydicom.dcmread(seg)
+    spoil(dataset)
+    dataset.save_as(seg)
+    with pytest.raises(SegraftError, match=f"seg.dcm .*{says}.*: export it again"):
+        read(seg, LABELS, scan)
+
+
+def test_compressed_frames_that_are_not_all_there(scan, tmp_path):
+    path = other_type(scan, tmp_path / "s.dcm", "LABELMAP", (mask_of() == 1).astype(np.uint8))
+    dataset = pydicom.dcmread(path)
+    dataset.compress(pydicom.uid.RLELossless)
+    dataset.save_as(path)
+    np.testing.assert_array_equal(read(path, LABELS, scan), mask_of() == 1)
+    change(path, NumberOfFrames=3)
+    with pytest.raises(SegraftError, match="4 of 3 frames"):
+        read(path, LABELS, scan)
+
+
 def test_dicom_that_is_no_seg(scan):
     with pytest.raises(SegraftError, match="is DICOM of CT, no SEG"):
         read(scan / "slice_0000.dcm", LABELS, scan)
@@ -474,9 +697,23 @@ def test_folders(scan, seg, tmp_path):
         segmentation_file(scan)
 
 
+@pytest.mark.parametrize("name", ["DICOMDIR", "._slice_0000.dcm", "AAA.txt"])
+def test_what_is_no_slice_beside_the_slices(scan, seg, tmp_path, name):
+    """Nor is it asked which series it is, nor does it count among the files of a label's folder."""
+    other = series(tmp_path / "other", seed=7) / "slice_0000.dcm"
+    shutil.copy(other, scan / name)
+    np.testing.assert_array_equal(read(seg, LABELS, scan), mask_of())
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shutil.copy(other, folder / name)
+    assert not holds_series(folder)
+    shutil.copy(seg, folder / "seg.dcm")
+    assert segmentation_file(folder) == folder / "seg.dcm"
+
+
 def test_a_case_is_known_by_its_segments_and_what_they_are_taken_for(seg, scan, tmp_path):
     def digest(path: Path, labels: Labels) -> str:
-        return Case("p", "p", (scan,), path, known=labels).label_digest([1])
+        return Case("p", "p", (scan,), path, segment_labels=labels).label_digest([1])
 
     shutil.copy(seg, tmp_path / "copy.dcm")
     other = write(Found(LABELS, mask_of(seed=3), {}), scan, tmp_path / "other.dcm")

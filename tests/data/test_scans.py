@@ -9,7 +9,7 @@ import pytest
 from segraft.data.checks import check_image, load_case
 from segraft.data.cohort import Cohort
 from segraft.data.dicom_writing import write_series
-from segraft.data.nifti import list_scans, same_grid
+from segraft.data.nifti import list_scans, same_grid, write_mask
 from segraft.data.scans import load_scan, mask_name
 from segraft.errors import SegraftError
 
@@ -48,6 +48,37 @@ def test_a_case_is_recognised_in_either(stored):
 def test_lists(stored):
     assert list_scans([stored]) == [stored / "a_series", stored / "b.nii.gz"]
     assert list_scans([stored / "a_series"]) == [stored / "a_series"]
+
+
+@pytest.mark.parametrize("below", ["ct", "study/ct"])
+def test_scans_deeper_down_are_not_passed_over(stored, below):
+    for file in ("slice_0000.dcm", "b.nii.gz"):
+        folder = stored / "patient2" / below
+        folder.mkdir(parents=True, exist_ok=True)
+        (stored / "patient2" / "notes.txt").write_text("")
+        source = stored / "b.nii.gz" if file == "b.nii.gz" else stored / "a_series" / file
+        (folder / file).write_bytes(source.read_bytes())
+        with pytest.raises(SegraftError, match=rf"patient2 is no scan, but holds one deeper down \(.*{file}\)"):
+            list_scans([stored])
+        (folder / file).unlink()
+    assert list_scans([stored]) == [stored / "a_series", stored / "b.nii.gz"]
+
+
+def test_hidden_folders_are_passed_over(stored):
+    (stored / "patient2" / ".cache").mkdir(parents=True)
+    nib.save(IMAGE, stored / "patient2" / ".cache" / "x.nii.gz")
+    (stored / "patient2" / "._x.nii.gz").write_bytes(b"")
+    assert list_scans([stored]) == [stored / "a_series", stored / "b.nii.gz"]
+
+
+@pytest.mark.parametrize("name", ["c.NII", "c.NII.GZ", "c.Nii.gz"])
+def test_endings_in_any_case(stored, name):
+    write_mask(DATA > 0, IMAGE, stored / name)
+    assert [file.name for file in stored.iterdir() if file.name.startswith((".", "c"))] == [name]
+    np.testing.assert_array_equal(load_scan(stored / name).dataobj, DATA > 0)
+    assert ((stored / name).read_bytes()[:2] == b"\x1f\x8b") == name.lower().endswith(".gz")
+    assert list_scans([stored]) == [stored / "a_series", stored / "b.nii.gz", stored / name]
+    assert mask_name(stored / name) == name
 
 
 def test_names_of_masks(stored):

@@ -30,7 +30,7 @@ class Case:
         organs: of such a folder: the names of the cohort's labels, label k at `organs[k - 1]`; a mask is the file of
             that name.
         channels: names of the channels, where there are several.
-        known: where the label is a DICOM SEG: the labels of the cohort, which its segments are told by.
+        segment_labels: where the label is a DICOM SEG: the labels of the cohort, which its segments are told by.
     """
 
     id: str
@@ -39,7 +39,7 @@ class Case:
     label: Path | None
     organs: tuple[str, ...] = ()
     channels: tuple[str, ...] = ()
-    known: Labels | None = field(default=None, compare=False)
+    segment_labels: Labels | None = field(default=None, compare=False)
 
     @property
     def image(self) -> Path:
@@ -79,8 +79,8 @@ class Case:
             SegraftError: there is no label, or a file of it cannot be read.
         """
         label = self.require_label()
-        if self.known is not None:
-            return segments_digest(label, self.known)[:16]
+        if self.segment_labels is not None:
+            return segments_digest(label, self.segment_labels)[:16]
         if not self.organs:
             return _read_digest(label)[:16]
         digest = hashlib.sha256()

@@ -99,8 +99,8 @@ def _load(case: Case, asked: Collection[int] | None) -> tuple[Scan, nib.Nifti1Im
     if case.organs:
         organs = case.asked_organs(None if asked is None else Labels.of(asked).values_covered)
         return scan, *join_masks(path, organs, scan.first, scan.path)
-    if case.known is not None:
-        return scan, read_segments(path, case.known, asked, scan.first, scan.path), Overlap()
+    if case.segment_labels is not None:
+        return scan, read_segments(path, case.segment_labels, asked, scan.first, scan.path), Overlap()
     label = load_nifti(path, what="label")
     require_same_grid(label, path, scan.first, scan.path)
     data = np.asanyarray(label.dataobj)

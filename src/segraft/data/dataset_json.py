@@ -103,7 +103,7 @@ def _label(path: Path, name: str | None, known: Labels) -> dict[str, Any]:
     if name is None:
         return {"label": None}
     file = _inside(path, name)
-    return {"label": segmentation_file(file), "known": known} if is_segmentation(file) else {"label": file}
+    return {"label": segmentation_file(file), "segment_labels": known} if is_segmentation(file) else {"label": file}
 
 
 class _Entry(BaseModel):

@@ -3,7 +3,7 @@
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from segraft.structures import same_name
+from segraft.structures import has_synonyms, same_name
 
 if TYPE_CHECKING:
     from pydicom.sr.coding import Code
@@ -75,6 +75,11 @@ def structure_of(name: str) -> Structure:
         if bare != known and bare in PAIRED:
             return PAIRED[bare]._replace(side=side)
     return UNKNOWN
+
+
+def is_known(name: str) -> bool:
+    """Whether a label's name, in any spelling, is a structure's in the tables here or in `structures`."""
+    return structure_of(name) is not UNKNOWN or has_synonyms(name)
 
 
 def code(keyword: str) -> "Code":

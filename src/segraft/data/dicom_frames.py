@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from segraft.data.dicom import LPS_TO_RAS
+from segraft.data.dicom_geometry import LPS_TO_RAS
 from segraft.errors import SegraftError
 
 if TYPE_CHECKING:
@@ -18,6 +18,40 @@ DAMAGED = (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, I
 """What pydicom and highdicom raise of files that break the rules."""
 
 _TOLERANCE = 0.1  # of a voxel's edge, anywhere in a frame
+_SAME_PLACE_MM = 1e-3
+_BITS = {"BINARY": (1,), "FRACTIONAL": (8,), "LABELMAP": (8, 16)}
+"""Types of SEG -> Bits Allocated."""
+
+
+def require_all_frames(path: Path, dataset: "Dataset") -> None:
+    """Refuse a SEG whose frames, their functional groups and their pixels are not of one number and size.
+
+    Args:
+        path: of the SEG, for messages.
+        dataset: as pydicom reads it.
+
+    Raises:
+        SegraftError: groups are missing, or left over; a type that its pixels are not of; too few or too many pixels
+            that are not compressed.
+    """
+    frames, rows, columns = int(dataset.get("NumberOfFrames") or 1), int(dataset.Rows), int(dataset.Columns)
+    groups = len(dataset.PerFrameFunctionalGroupsSequence)
+    if groups != frames:
+        raise SegraftError(f"the DICOM SEG {path} says of {groups} of {frames} frames where they lie: export it again.")
+    kind, bits = str(dataset.get("SegmentationType")), int(dataset.BitsAllocated)
+    if bits not in _BITS.get(kind, ()):
+        raise SegraftError(
+            f"the DICOM SEG {path} is of type {kind} with {bits} as its Bits Allocated, which no SEG is: export it "
+            "again."
+        )
+    if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+        return
+    needed = (frames * rows * columns * bits + 7) // 8
+    if (there := len(dataset.PixelData)) not in (needed, needed + needed % 2):
+        raise SegraftError(
+            f"the DICOM SEG {path} has {there} bytes of pixels, and {frames} frames of {rows} rows and {columns} "
+            f"columns are {needed}: export it again, or copy it again."
+        )
 
 
 def frame_voxels(
@@ -43,9 +77,10 @@ def frame_voxels(
     found: dict[int, list[NDArray[np.int64]]] = {}
     try:
         shared = segmentation.SharedFunctionalGroupsSequence[0]
+        apart = None if refers else _apart(path, segmentation)
         for place, groups in enumerate(segmentation.PerFrameFunctionalGroupsSequence):
             frame = segmentation.get_stored_frame(place, as_index=True)
-            origin, steps = _on_grid(path, _Groups(groups, shared), frame.shape, image, scan, refers=refers)
+            origin, steps = _on_grid(path, _Groups(groups, shared), frame.shape, image, scan, apart)
             for number, marked in _planes(path, segmentation, _Groups(groups, shared), frame):
                 rows, columns = np.nonzero(marked)
                 voxels = origin[:, None] + steps[:, :1] * columns + steps[:, 1:] * rows
@@ -53,7 +88,7 @@ def frame_voxels(
                 found.setdefault(number, []).append(np.ravel_multi_index(tuple(voxels), image.shape))
     except SegraftError:
         raise
-    except (*DAMAGED, RuntimeError) as error:
+    except (*DAMAGED, RuntimeError, MemoryError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise SegraftError(f"the frames of the DICOM SEG {path} cannot be read ({reason}): export it again.") from error
     return {number: np.concatenate(each) for number, each in found.items()}
@@ -71,6 +106,30 @@ class _Groups:
                 found: Dataset = groups[name].value[0]
                 return found
         raise ValueError(f"a frame has no {name}")
+
+
+def _apart(path: Path, segmentation: "Dataset") -> float:
+    """How far slices are apart (mm): as is said, else as frames lie, else as thick as they are.
+
+    Raises:
+        SegraftError: nothing says so.
+    """
+    shared = segmentation.SharedFunctionalGroupsSequence[0]
+    frames = [_Groups(own, shared) for own in segmentation.PerFrameFunctionalGroupsSequence]
+    measures = frames[0].item("PixelMeasuresSequence")
+    if said := abs(float(measures.get("SpacingBetweenSlices") or 0)):
+        return said
+    cosines = np.array(frames[0].item("PlaneOrientationSequence").ImageOrientationPatient, dtype=float).reshape(2, 3)
+    positions = np.array([each.item("PlanePositionSequence").ImagePositionPatient for each in frames], dtype=float)
+    distances = np.diff(np.sort(positions @ np.cross(*cosines)))
+    if (distances := distances[distances > _SAME_PLACE_MM]).size:
+        return float(distances.min())
+    if thickness := abs(float(measures.get("SliceThickness") or 0)):
+        return thickness
+    raise SegraftError(
+        f"the DICOM SEG {path} refers to no series that is its image, and says nowhere how thick its slices are: give "
+        "the series it was drawn on, or export it again."
+    )
 
 
 def _planes(
@@ -97,10 +156,12 @@ def _on_grid(
     size: tuple[int, ...],
     image: nib.Nifti1Image,
     scan: Path,
-    *,
-    refers: bool,
+    apart: float | None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The voxel of a frame's first pixel [3], and the steps to the next column and the next row [3, 2]."""
+    """The voxel of a frame's first pixel [3], and the steps to the next column and the next row [3, 2].
+
+    `apart` is how far slices must be apart (mm), None where the scan is known to be theirs.
+    """
     position = np.array(groups.item("PlanePositionSequence").ImagePositionPatient, dtype=float)
     cosines = np.array(groups.item("PlaneOrientationSequence").ImageOrientationPatient, dtype=float).reshape(2, 3)
     measures = groups.item("PixelMeasuresSequence")
@@ -112,8 +173,7 @@ def _on_grid(
     corners = np.array([[column, row] for row in (0, size[0] - 1) for column in (0, size[1] - 1)]).T
     off = np.abs((origin - near)[:, None] + (steps - whole) @ corners).max()
     fits = off <= _TOLERANCE and (np.abs(whole).sum(axis=0) == 1).all() and whole[:, 0] @ whole[:, 1] == 0
-    apart = abs(float(measures.get("SpacingBetweenSlices") or 0))
-    if fits and apart and not refers:  # else thick slices would lie on some of the thin ones
+    if fits and apart is not None:  # else thick slices would lie on some of the thin ones
         across = np.linalg.norm(to_voxels[:3, :3] @ np.cross(*cosines)) * apart
         fits = abs(across - 1) <= _TOLERANCE
     if not fits:

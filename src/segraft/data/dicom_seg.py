@@ -9,13 +9,15 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from segraft.data.dicom import SEG_SUFFIX, is_dicom, load_highdicom, load_pydicom, log_once, warnings_logged
-from segraft.data.dicom_codes import UNKNOWN, structure_of
-from segraft.data.dicom_frames import DAMAGED, frame_voxels
+from segraft.data.dicom_codes import is_known
+from segraft.data.dicom_files import SEG_SUFFIX, dicom_files, is_dicom
+from segraft.data.dicom_frames import DAMAGED, frame_voxels, require_all_frames
+from segraft.data.dicom_slices import SEG_CLASSES
+from segraft.data.dicom_tools import load_highdicom, load_pydicom, log_once, warnings_logged
 from segraft.data.labels import Labels
 from segraft.data.overlapping import joined
 from segraft.errors import SegraftError
-from segraft.structures import same_name
+from segraft.structures import same_name, says_nothing
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -34,7 +36,7 @@ def segmentation_file(label: Path) -> Path:
     """
     if not label.is_dir():
         return label
-    files = sorted(file for file in label.iterdir() if file.is_file() and file.name != "DICOMDIR" and is_dicom(file))
+    files = dicom_files(label)
     if len(files) != 1:
         raise SegraftError(f"the label {label} is a folder of {len(files)} DICOM files: name the one DICOM SEG.")
     return files[0]
@@ -60,8 +62,8 @@ def read_segments(
     """Read a DICOM SEG as a mask of label values.
 
     A segment is the label of its name (Segment Label; `same_name` says which are the same). Where no segment has the
-    name of a label, its number is the label's value, which is logged, unless the two are known structures: these are
-    not the same then. Several segments of one name are one label.
+    name of a label, its number is the label's value, which is logged, if its name says nothing ("Segment 1", a colour)
+    or neither of the two is a known structure. Several segments of one name are one label; of labels, no two may be.
 
     A frame lies where its position and orientation say; frames that are not there are empty. Nothing is resampled.
 
@@ -81,7 +83,7 @@ def read_segments(
     Raises:
         SegraftError: highdicom is not installed; the file is damaged, is no SEG, or holds fractions; it refers to
             another series; a frame lies off the voxels of the scan, or a marked voxel outside; segments that are none
-            of the labels; voxels in several segments that no value stands for.
+            of the labels; labels that are one structure by name; voxels in several segments that no value stands for.
     """
     with warnings_logged(path):
         segmentation = _read(path)
@@ -112,14 +114,17 @@ def _read(path: Path) -> "Dataset":
         raise SegraftError(f"the label {path} cannot be read ({error.strerror}): correct the path.") from error
     except (pydicom.errors.InvalidDicomError, *DAMAGED) as error:
         raise SegraftError(f"the label {path} is no DICOM file, or a damaged one ({error}): copy it again.") from error
-    kinds = (pydicom.uid.SegmentationStorage, "1.2.840.10008.5.1.4.1.1.66.7")  # the second is Label Map Segmentation
-    if header.get("SOPClassUID") not in kinds:
+    if header.get("SOPClassUID") not in SEG_CLASSES:
         kind = header.get("Modality") or "an unknown kind"
         raise SegraftError(f"the label {path} is DICOM of {kind}, no SEG: convert it to a DICOM SEG or NIfTI.")
     try:
-        segmentation: Dataset = highdicom.seg.segread(path)
-        if not segmentation.SegmentSequence or not segmentation.PerFrameFunctionalGroupsSequence:
+        dataset = pydicom.dcmread(path)
+        if not dataset.SegmentSequence or not dataset.PerFrameFunctionalGroupsSequence:
             raise ValueError("no segments or no frames")
+        require_all_frames(path, dataset)
+        segmentation: Dataset = highdicom.seg.Segmentation.from_dataset(dataset, copy=False)
+    except SegraftError:
+        raise
     except DAMAGED as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise SegraftError(
@@ -133,7 +138,7 @@ def _require_reference(path: Path, segmentation: "Dataset", scan: Path) -> bool:
     if not scan.is_dir():
         return False
     pydicom = load_pydicom()
-    file = next(file for file in sorted(scan.iterdir()) if file.is_file() and is_dicom(file))
+    file = dicom_files(scan)[0]
     mine = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["SeriesInstanceUID", "FrameOfReferenceUID"])
     series = {each.get("SeriesInstanceUID") for each in segmentation.get("ReferencedSeriesSequence") or ()}
     if series:
@@ -154,7 +159,13 @@ def _require_reference(path: Path, segmentation: "Dataset", scan: Path) -> bool:
 
 def _targets(path: Path, names: Mapping[int, str], known: Labels) -> tuple[dict[int, int], bool]:
     """Segment number -> label, and whether by name; else the label is a value in masks."""
-    values = {same_name(name): value for value, name in known.items()}
+    values: dict[str, int] = {}
+    for value, name in known.items():
+        if (other := values.setdefault(same_name(name), value)) != value:
+            raise SegraftError(
+                f'the labels {other} "{known[other]}" and {value} "{name}" are one structure, by which the segments of '
+                f"{path} are told: make them one label in dataset.json, or name them apart."
+            )
     named = {number: values[same_name(name)] for number, name in names.items() if same_name(name) in values}
     told = ", ".join(f"{value} ({name})" for value, name in known.items())
     if len(named) == len(names):
@@ -171,9 +182,10 @@ def _targets(path: Path, names: Mapping[int, str], known: Labels) -> tuple[dict[
             "number: name them alike in dataset.json."
         )
     for number, name in names.items():
-        if UNKNOWN not in (structure_of(name), structure_of(known.get(number, ""))):
+        label = known.get(number, "")
+        if not says_nothing(name) and (is_known(name) or is_known(label)):
             raise SegraftError(
-                f'segment {number} of {path} is "{name}", and label {number} is "{known[number]}": name them alike in '
+                f'segment {number} of {path} is "{name}", and label {number} is "{label}": name them alike in '
                 "dataset.json."
             )
     taken = ", ".join(f'segment {number} ("{name}") is {known.get(number, number)}' for number, name in names.items())

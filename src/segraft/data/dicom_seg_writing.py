@@ -1,8 +1,9 @@
 """What was found in a DICOM series as a DICOM SEG (Segmentation Storage) that references the series."""
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,18 +14,22 @@ from numpy.typing import NDArray
 
 from segraft._version import __version__
 from segraft.atomic import replacing
-from segraft.data.dicom import load_highdicom, load_pydicom, read_sources, warnings_logged
+from segraft.data.dicom import read_sources
 from segraft.data.dicom_codes import code, structure_of
+from segraft.data.dicom_frames import DAMAGED
+from segraft.data.dicom_tools import load_highdicom, load_pydicom, warnings_logged
 from segraft.errors import SegraftError
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
 _NEEDED = ("StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID", "FrameOfReferenceUID", "Modality")
+_ALIKE = ("StudyInstanceUID", "FrameOfReferenceUID", "PatientID", "PatientName")
 _MAY_BE_UNKNOWN = (
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
     *("AccessionNumber", "StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName"),
 )
+_PIXELS = 0x7FE0  # the group of pixel data
 _LONGEST_NAME = 64  # characters of an LO, which a segment's label is
 _SERIES_NUMBER = 1000  # added to the source's, so that viewers list results behind scans
 _COLOURS = (
@@ -81,7 +86,7 @@ def require_writable(folder: Path, labels: Mapping[int, str], origin: Origin) ->
     """
     sources = _sources(folder)
     nothing = np.zeros((int(sources[0].Columns), int(sources[0].Rows), 1), dtype=np.uint8)
-    with _told(folder):
+    with _told(folder, sources):
         _segmentation(sources[:1], Found(labels, nothing, {}), origin, datetime.now().astimezone())
 
 
@@ -107,44 +112,82 @@ def write_segmentation(found: Found, folder: Path, path: Path, *, origin: Origin
     sources = _sources(folder)
     if found.mask.shape != (wanted := (int(sources[0].Columns), int(sources[0].Rows), len(sources))):
         raise SegraftError(f"the mask for {path} has shape {found.mask.shape}, its series {wanted}: they must agree.")
-    with _told(folder), replacing(path) as aside:
+    with _told(folder, sources), replacing(path) as aside:
         segmentation = _segmentation(sources, found, origin, made or datetime.now().astimezone())
         segmentation.save_as(aside, enforce_file_format=True)
 
 
 @contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    """Log warnings; what highdicom refuses is an attribute of the series that it cannot pass on."""
+def _told(folder: Path, sources: Sequence["Dataset"]) -> Iterator[None]:
+    """Log warnings; what highdicom refuses is an attribute of the series that it cannot pass on.
+
+    Its reasons show values, which may be the patient's, so that they are neither told nor chained.
+    """
     with warnings_logged(folder):
         try:
             yield
         except SegraftError:
             raise
         except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-            reason = " ".join(str(error).split()).rstrip(".")
+            names = ", ".join(_named(str(error), sources[0])) or f"value ({type(error).__name__})"
             raise SegraftError(
-                f"the DICOM series {folder} has attributes that a DICOM SEG cannot take over ({reason}): correct them, "
-                "or write NIfTI."
-            ) from error
+                f"the DICOM series {folder} has a {names} that a DICOM SEG cannot take over: correct it, or "
+                "write NIfTI."
+            ) from None
+
+
+def _named(reason: str, source: "Dataset") -> list[str]:
+    """The attributes that a reason names, or whose values it shows in quotation marks."""
+    from pydicom.datadict import tag_for_keyword
+
+    shown = {first or second for first, second in re.findall(r"'([^']*)'|\"([^\"]*)\"", reason)}
+    names = {word for word in re.findall(r"[A-Za-z]{3,}", reason) if tag_for_keyword(word) is not None}
+    for tag in source.keys():  # noqa: SIM118 (a data set's elements are read where it is iterated over)
+        if tag.group < _PIXELS:
+            with suppress(*DAMAGED):
+                if str(source[tag].value) in shown:
+                    names.add(source[tag].keyword)
+    return sorted(names - {""})
 
 
 def _sources(folder: Path) -> list["Dataset"]:
     """The files that are referenced, in order, with empty values for what may be unknown."""
     load_highdicom()
-    sources = read_sources(folder)
-    for each in sources:
-        lacking = [tag for tag in _NEEDED if not each.get(tag)]
-        if lacking:
-            raise SegraftError(
-                f"the DICOM file {each.filename} has no {', '.join(lacking)}, which a DICOM SEG must name: export the "
-                "series again with all its tags, or write NIfTI."
-            )
-        for tag in _MAY_BE_UNKNOWN:
-            if tag not in each:
-                setattr(each, tag, None)
-        if not each.get("SliceThickness"):
-            each.SliceThickness = _apart(sources) or float(each.SpacingBetweenSlices)
+    with warnings_logged(folder):
+        sources = read_sources(folder)
+        for each in sources:
+            if lacking := [tag for tag in _NEEDED if not each.get(tag)]:
+                raise SegraftError(
+                    f"the DICOM file {each.filename} has no {', '.join(lacking)}, which a DICOM SEG must name: export "
+                    "the series again with all its tags, or write NIfTI."
+                )
+        _check_alike(sources)
+        for each in sources:
+            for tag in _MAY_BE_UNKNOWN:
+                if tag not in each:
+                    setattr(each, tag, None)
+            if not each.get("SliceThickness"):
+                each.SliceThickness = _apart(sources) or float(each.SpacingBetweenSlices)
+            each.ImageOrientationPatient = sources[0].ImageOrientationPatient  # to the last digit, as highdicom asks
     return sources
+
+
+def _check_alike(sources: Sequence["Dataset"]) -> None:
+    """Refuse files of another patient, study or frame of reference than the first, and copies of one instance."""
+    first = min(sources, key=lambda each: str(each.filename))
+    seen: dict[str, str] = {}
+    for each in sources:
+        for tag in _ALIKE:
+            if str(each.get(tag) or "") != str(first.get(tag) or ""):
+                raise SegraftError(
+                    f"the DICOM file {each.filename} has another {tag} than {first.filename}, and a DICOM SEG has one: "
+                    "keep what belongs together in the folder, or write NIfTI."
+                )
+        if (other := seen.setdefault(str(each.SOPInstanceUID), str(each.filename))) != str(each.filename):
+            raise SegraftError(
+                f"the DICOM file {max(other, str(each.filename))} has the SOPInstanceUID of "
+                f"{min(other, str(each.filename))}: export the series again, or write NIfTI."
+            )
 
 
 def _segmentation(sources: Sequence["Dataset"], found: Found, origin: Origin, made: datetime) -> "Dataset":

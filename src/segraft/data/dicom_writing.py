@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segraft.atomic import replacing
-from segraft.data.dicom import COSINE_TOLERANCE, LPS_TO_RAS, load_pydicom
+from segraft.data.dicom_geometry import LPS_TO_RAS
+from segraft.data.dicom_slices import COSINE_TOLERANCE
+from segraft.data.dicom_tools import load_pydicom
 from segraft.errors import SegraftError
 
 if TYPE_CHECKING:

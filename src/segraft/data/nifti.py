@@ -14,7 +14,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from segraft.atomic import replacing
-from segraft.data.dicom import holds_series
+from segraft.data.dicom_files import holds_series, is_dicom
 from segraft.errors import SegraftError
 
 SUFFIXES = (".nii", ".nii.gz")
@@ -65,6 +65,11 @@ def load_nifti(path: str | Path, *, what: str = "image", channels: Sequence[str]
     return kind(data, affine, image.header)
 
 
+def ends_in(path: Path, endings: tuple[str, ...]) -> bool:
+    """Whether a file is named with one of these endings, in upper or lower case."""
+    return path.name.lower().endswith(endings)
+
+
 def holds_several(path: Path) -> bool:
     """Whether a NIfTI file has more than one volume, by its header; False for what is none."""
     try:
@@ -109,7 +114,7 @@ def write_mask(mask: NDArray[Any], like: nib.Nifti1Image, path: str | Path) -> N
             that cannot be written.
     """
     path = Path(path)
-    if not path.name.endswith(SUFFIXES):
+    if not ends_in(path, SUFFIXES):
         raise SegraftError(f"{path} cannot be a mask file: let its name end in .nii or .nii.gz.")
     if mask.shape != like.shape:
         raise SegraftError(f"the mask for {path} has shape {mask.shape}, its scan {like.shape}: they must agree.")
@@ -123,7 +128,13 @@ def write_mask(mask: NDArray[Any], like: nib.Nifti1Image, path: str | Path) -> N
     header.extensions.clear()
     image = type(like)(mask.astype(dtype), like.affine, header)
     with replacing(path) as aside:
-        nib.save(image, aside)
+        lower = aside.with_name(aside.name.lower())  # as nibabel writes `.nii.gz` where it is asked for `.Nii.gz`
+        try:
+            nib.save(image, lower)
+            lower.replace(aside)
+        except OSError:
+            lower.unlink(missing_ok=True)
+            raise
 
 
 def list_scans(paths: Sequence[str | Path]) -> list[Path]:
@@ -132,14 +143,20 @@ def list_scans(paths: Sequence[str | Path]) -> list[Path]:
     Those are its `.nii` and `.nii.gz` files and its folders that hold a DICOM series, sorted, hidden ones left out.
 
     Raises:
-        SegraftError: a path that does not exist, or a folder without scans.
+        SegraftError: a path that does not exist; a folder without scans, or with a folder that is none but holds some.
     """
     scans: list[Path] = []
     for path in map(Path, paths):
         if path.is_file() or (path.is_dir() and holds_series(path)):
             scans.append(path)
         elif path.is_dir():
-            found = sorted(inside for inside in path.iterdir() if not inside.name.startswith(".") and _is_scan(inside))
+            found = [inside for inside in _shown(path) if _is_scan(inside)]
+            for inside in (each for each in _shown(path) if each.is_dir() and each not in found):
+                if deeper := _scan_below(inside):
+                    raise SegraftError(
+                        f"{inside} is no scan, but holds one deeper down ({deeper}): give the folders that hold the "
+                        "scans themselves, or move it out."
+                    )
             if not found:
                 raise SegraftError(
                     f"the folder {path} holds no .nii or .nii.gz files and no DICOM series: give one that does."
@@ -151,7 +168,26 @@ def list_scans(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def _is_scan(path: Path) -> bool:
-    return holds_series(path) if path.is_dir() else path.is_file() and path.name.endswith(SUFFIXES)
+    return holds_series(path) if path.is_dir() else path.is_file() and ends_in(path, SUFFIXES)
+
+
+def _scan_below(folder: Path) -> Path | None:
+    """A NIfTI or DICOM file somewhere in a folder."""
+    for path in _shown(folder):
+        if path.is_dir() and not path.is_symlink():
+            if found := _scan_below(path):
+                return found
+        elif path.is_file() and (ends_in(path, SUFFIXES) or is_dicom(path)):
+            return path
+    return None
+
+
+def _shown(folder: Path) -> list[Path]:
+    """What is in a folder, hidden files and folders left out, sorted."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise SegraftError(f"the folder {folder} cannot be read ({error.strerror}): correct the path.") from error
 
 
 def _three_axes(data: NDArray[Any], path: Path, what: str) -> NDArray[Any]:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import nibabel as nib
 
-from segraft.data.dicom import holds_series, is_dicom, read_series
-from segraft.data.nifti import SUFFIXES, load_nifti
+from segraft.data.dicom import read_series
+from segraft.data.dicom_files import holds_series, is_dicom
+from segraft.data.nifti import SUFFIXES, ends_in, load_nifti
 from segraft.errors import SegraftError
 
 
@@ -39,6 +40,6 @@ def mask_name(scan: Path) -> str:
     """
     if scan.is_dir():
         return f"{scan.resolve().name}.nii.gz"
-    if not scan.name.endswith(SUFFIXES):
+    if not ends_in(scan, SUFFIXES):
         raise SegraftError(f"{scan} is not named as a NIfTI file, and its mask would be: name it .nii or .nii.gz.")
     return scan.name

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from segraft.data.channels import Scan
-from segraft.data.dicom import SEG_SUFFIX
+from segraft.data.dicom_files import SEG_SUFFIX
 from segraft.data.dicom_seg_writing import Found, Origin, require_writable, write_segmentation
-from segraft.data.nifti import SUFFIXES, write_mask
+from segraft.data.nifti import SUFFIXES, ends_in, write_mask
 from segraft.errors import SegraftError
 from segraft.jobs.model import Model, Segmentation
 
@@ -17,7 +17,7 @@ class MaskFormat:
     """One format.
 
     Attributes:
-        endings: of its files; the last is what a mask's name gets.
+        endings: of its files, in lower case; the last is what a mask's name gets.
         check: refuses a scan whose mask could not be written, before any is segmented.
         write: writes what a model found.
     """
@@ -35,7 +35,7 @@ def format_of(out: Path, asked: str | None) -> MaskFormat:
     """
     if asked is not None and asked not in FORMATS:
         raise SegraftError(f'"{asked}" is no format of masks: choose among {", ".join(FORMATS)}.')
-    ended = next((name for name, each in FORMATS.items() if out.name.endswith(each.endings)), None)
+    ended = next((name for name, each in FORMATS.items() if ends_in(out, each.endings)), None)
     if asked and ended and asked != ended and not out.is_dir():
         raise SegraftError(
             f"{out} is named as {ended}, and {asked} was asked for: let it end in {FORMATS[asked].endings[-1]}."

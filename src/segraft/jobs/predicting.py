@@ -9,7 +9,7 @@ from rich.console import Console
 from segraft.data.channel_files import grouped, scan_name
 from segraft.data.channels import plain
 from segraft.data.listed import stem
-from segraft.data.nifti import list_scans
+from segraft.data.nifti import ends_in, list_scans
 from segraft.data.preparation import prepare_scan
 from segraft.data.scans import mask_name
 from segraft.errors import SegraftError
@@ -62,7 +62,8 @@ def predict(
 
     Raises:
         SegraftError: a scan is not usable, is no DICOM series where a DICOM SEG is to be written, or lacks a channel
-            that the network needs; two scans would have the same mask file; see also `load_model`.
+            that the network needs; two scans would have the same mask file, or a mask would lie in a folder of scans
+            that is given; see also `load_model`.
     """
     if bool(scans) == bool(channels):
         raise SegraftError("there is nothing to segment, or too much: give scans, or the channels of one scan.")
@@ -74,6 +75,7 @@ def predict(
     kind = format_of(Path(out), mask_format)
     several = model.channels if len(model.channels) > 1 else ()
     masks = _mask_paths(files, several, Path(out), kind, single=len(files) == 1 and paths == given)
+    _check_outside([path for path in given if path.is_dir() and path not in paths], masks)
     names = [scan_name([None if file is None else str(file) for file in each], several) for each in files]
     cases = [model.case(name, each) for name, each in zip(names, files, strict=True)]
     # All of them before any is segmented, so that a bad one leaves no part of the masks.
@@ -119,7 +121,7 @@ def _named(model: Model, channels: Mapping[str, str | Path]) -> tuple[Path | Non
 def _mask_paths(
     files: Sequence[tuple[Path | None, ...]], channels: Sequence[str], out: Path, kind: MaskFormat, *, single: bool
 ) -> list[Path]:
-    is_file = out.name.endswith(kind.endings)
+    is_file = ends_in(out, kind.endings)
     if is_file and not single:
         raise SegraftError(f"{len(files)} scans need a folder to write to, but {out} is a file name.")
     if single and not is_file and out.suffix and not out.is_dir():
@@ -142,6 +144,17 @@ def _mask_paths(
     return masks
 
 
+def _check_outside(folders: Sequence[Path], masks: Sequence[Path]) -> None:
+    """Refuse masks in folders of scans: the next run would take them for scans, or a SEG for the folder's series."""
+    for folder in folders:
+        for mask in masks:
+            if mask.resolve().is_relative_to(folder.resolve()):
+                raise SegraftError(
+                    f"the mask {mask} would lie in the folder {folder}, whose scans are to be segmented, and spoil the "
+                    "next run on it: choose another output path."
+                )
+
+
 def _mask_name(files: tuple[Path | None, ...], channels: Sequence[str], kind: MaskFormat) -> str:
     """As the scan is called."""
     there = [file for file in files if file is not None]
@@ -149,4 +162,4 @@ def _mask_name(files: tuple[Path | None, ...], channels: Sequence[str], kind: Ma
         name = mask_name(there[0])
     else:
         name = f"{scan_name([None if file is None else file.as_posix() for file in files], channels)}.nii.gz"
-    return name if name.endswith(kind.endings) else f"{stem(name)}{kind.endings[-1]}"
+    return name if ends_in(Path(name), kind.endings) else f"{stem(name)}{kind.endings[-1]}"
