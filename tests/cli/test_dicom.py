@@ -122,8 +122,7 @@ class TestRefused:
         for name in ("result.dcm", "result.nii.gz"):
             refused("predict", work / "run", scan, "-o", scan / name, says=[scan, "among the files of its series"])
 
-    @pytest.mark.parametrize("kind", ["dicom-seg", "nifti"])
-    @pytest.mark.parametrize("below", ["", "out"])
+    @pytest.mark.parametrize(("kind", "below"), [("dicom-seg", ""), ("dicom-seg", "out"), ("nifti", "")])
     def test_into_a_folder_that_is_given(self, refused, work, dicom, tmp_path, kind, below):
         """Where the next run would take the masks for scans, or a SEG for the folder's series."""
         shutil.copytree(dicom / "q0", tmp_path / "scans" / "q0")

@@ -52,16 +52,15 @@ def test_lists(stored):
 
 @pytest.mark.parametrize("below", ["ct", "study/ct"])
 def test_scans_deeper_down_are_not_passed_over(stored, below):
-    for file in ("slice_0000.dcm", "b.nii.gz"):
-        folder = stored / "patient2" / below
-        folder.mkdir(parents=True, exist_ok=True)
-        (stored / "patient2" / "notes.txt").write_text("")
-        source = stored / "b.nii.gz" if file == "b.nii.gz" else stored / "a_series" / file
-        (folder / file).write_bytes(source.read_bytes())
-        with pytest.raises(SegraftError, match=rf"patient2 is no scan, but holds one deeper down \(.*{file}\)"):
-            list_scans([stored])
-        (folder / file).unlink()
-    assert list_scans([stored]) == [stored / "a_series", stored / "b.nii.gz"]
+    folder, file = stored / "patient2" / below, "slice_0000.dcm"
+    folder.mkdir(parents=True)
+    (stored / "patient2" / "notes.txt").write_text("")
+    (folder / file).write_bytes((stored / "a_series" / file).read_bytes())
+    with pytest.raises(SegraftError, match=rf"patient2 is no scan, but holds DICOM deeper down \(.*{file}\)"):
+        list_scans([stored])
+    (folder / file).rename(folder / "masks.nii.gz")
+    (folder / "masks.nii.gz").write_bytes((stored / "b.nii.gz").read_bytes())
+    assert list_scans([stored]) == [stored / "a_series", stored / "b.nii.gz"]  # of an earlier run
 
 
 def test_hidden_folders_are_passed_over(stored):

@@ -154,8 +154,8 @@ def list_scans(paths: Sequence[str | Path]) -> list[Path]:
             for inside in (each for each in _shown(path) if each.is_dir() and each not in found):
                 if deeper := _scan_below(inside):
                     raise SegraftError(
-                        f"{inside} is no scan, but holds one deeper down ({deeper}): give the folders that hold the "
-                        "scans themselves, or move it out."
+                        f"{inside} is no scan, but holds DICOM deeper down ({deeper}): give the folders that hold the "
+                        "series themselves, or move it out."
                     )
             if not found:
                 raise SegraftError(
@@ -172,12 +172,12 @@ def _is_scan(path: Path) -> bool:
 
 
 def _scan_below(folder: Path) -> Path | None:
-    """A NIfTI or DICOM file somewhere in a folder."""
+    """A DICOM file somewhere in a folder; NIfTI files in it may be masks of an earlier run."""
     for path in _shown(folder):
         if path.is_dir() and not path.is_symlink():
             if found := _scan_below(path):
                 return found
-        elif path.is_file() and (ends_in(path, SUFFIXES) or is_dicom(path)):
+        elif path.is_file() and is_dicom(path):
             return path
     return None
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from segraft.data.channel_files import grouped, scan_name
 from segraft.data.channels import plain
 from segraft.data.listed import stem
-from segraft.data.nifti import ends_in, list_scans
+from segraft.data.nifti import SUFFIXES, ends_in, list_scans
 from segraft.data.preparation import prepare_scan
 from segraft.data.scans import mask_name
 from segraft.errors import SegraftError
@@ -145,10 +145,11 @@ def _mask_paths(
 
 
 def _check_outside(folders: Sequence[Path], masks: Sequence[Path]) -> None:
-    """Refuse masks in folders of scans: the next run would take them for scans, or a SEG for the folder's series."""
+    """Refuse masks beside scans, and SEGs anywhere in a folder of them: the next run would take them for scans."""
     for folder in folders:
         for mask in masks:
-            if mask.resolve().is_relative_to(folder.resolve()):
+            within = mask.resolve().is_relative_to(folder.resolve())
+            if within and (mask.resolve().parent == folder.resolve() or not ends_in(mask, SUFFIXES)):
                 raise SegraftError(
                     f"the mask {mask} would lie in the folder {folder}, whose scans are to be segmented, and spoil the "
                     "next run on it: choose another output path."
