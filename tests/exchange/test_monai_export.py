@@ -222,6 +222,37 @@ def test_regions(tmp_path):
     opened = open_base(f"monai:{bundle}")
     assert opened.labels == {1: "all", 2: "bright"}
     assert opened.labels.regions == {1: (1, 2), 2: (2,)}
+    config = bundle / "configs" / "inference.json"
+    content = json.loads(config.read_text())
+    del content["label_regions"]  # as before they were written: then as masks are painted
+    config.write_text(json.dumps(content))
+    assert open_base(f"monai:{bundle}").labels.regions == {1: (1, 2), 2: (2,)}
+
+
+@pytest.mark.parametrize("average", ["logit", "probability"])
+def test_regions_that_overlap_in_part_come_back(average, tmp_path):
+    """Which label values each covers cannot be told from the order in which masks are painted."""
+    labels = Labels({1: "A", 2: "B", 3: "C"}, {1: (1, 2), 2: (2, 3), 3: (3,)})
+    arguments = {"in_channels": 1, "out_channels": 3, "widths": (4, 8), "spatial_dims": 3}
+    settled = Preparation(**PATCH, average=average)
+    bundle = write_bundle_of(tmp_path, "unet", arguments, labels, settled)
+    opened = open_base(f"monai:{bundle}")
+    assert opened.labels == labels
+    assert opened.labels.regions == labels.regions
+    assert list(opened.labels.regions) == list(labels.regions)
+    assert (opened.unlike, opened.preparation) == ((), settled)
+
+
+def write_bundle_of(folder, network, arguments, labels, preparation, channels=("",)):
+    """A base with an adapter that trains its head, as a bundle."""
+    rest = {name: value for name, value in arguments.items() if not name.endswith("_channels")}
+    net = build(network, in_channels=arguments["in_channels"], out_channels=arguments["out_channels"], arguments=rest)
+    record = task_record(labels, preparation, channels)
+    base = save_base(net, folder / "base", network=network, arguments=arguments, record=record)
+    graft(net, AdapterSpec("none", train=("head",)))
+    described = {"network": network, "arguments": arguments, "path": str(base.path)}
+    save(net, folder / "adapter.safetensors", record={"base": described, **record})
+    return export(folder / "adapter.safetensors", folder / "bundle", format="monai-bundle").path
 
 
 @pytest.mark.parametrize("network", [UNET | {"out_channels": 3}, SEGRESNET])
@@ -236,6 +267,10 @@ def test_a_bundle_adapted_is_a_bundle_again(network, tmp_path):
     assert "segraft" not in text
     require_valid(exported.path, tmp_path)
     require_same_masks(adapted.path, exported.path, data, tmp_path)
+    opened, scan = load_model(f"monai:{exported.path}"), data / "a_0000.nii.gz"  # and Segraft opens what it wrote
+    assert np.array_equal(opened.segment(scan).mask, load_model(adapted.path).segment(scan).mask)
+    again = adapt(f"monai:{exported.path}", data, tmp_path / "again", spec=SPEC, labels=("spleen",), settings=SETTINGS)
+    assert load_model(again.path).segment(scan).mask.shape == (40, 36, 24)
 
 
 def test_what_a_bundle_cannot_say_is_refused(tmp_path):

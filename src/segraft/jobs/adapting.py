@@ -113,7 +113,7 @@ class BaseSource:
         require_same_order(opened.channels, cohort.channels, str(self.base), str(cohort.path))
         arguments = {**opened.arguments, "out_channels": len(labels)}
         loaded = self._with_weights(opened.network, arguments, opened.weights, labels, opened.outputs)
-        return replace(loaded, preparation=opened.preparation, notes=(*opened.notes, *loaded.notes))
+        return replace(loaded, preparation=opened.preparation, notes=(*opened.unlike, *opened.notes, *loaded.notes))
 
     def _refuse_what_it_has(self) -> None:
         for given, option in ((self.arguments, "--network-args"), (self.labels, "--base-labels")):
