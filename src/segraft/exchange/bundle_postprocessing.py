@@ -235,9 +235,7 @@ def activation_of(config: Config, place: str | None, count: int) -> Activation:
     exclusive = True if made.mask == "argmax" or "softmax" in made.activations else None
     exclusive = False if exclusive is None and (made.activations or made.mask) else exclusive
     if not made.mask and not unlike:
-        made.notes.append(
-            "its postprocessing does not say how masks are made: here of the largest output."
-        )
+        made.notes.append("its postprocessing does not say how masks are made: here of the largest output.")
     return Activation(exclusive, made.painted, made.values, tuple(made.notes), tuple(unlike))
 
 
