@@ -72,6 +72,7 @@ def only_one(cut):
         ([*SOFTMAX, step("LabelFilterd", applied_labels=[1])], "LabelFilterd"),
         ([step("MeanEnsembled"), *SOFTMAX], "MeanEnsembled"),
         ([*SOFTMAX, "$print(1)"], "it is not known"),
+        ([*SOFTMAX, step("Identityd", _disabled_="$f()")], "Identityd: .*expressions of bundles are not run"),
         ([*SOFTMAX, painted("$lambda x: x * 3")], r"Lambdad: what \$lambda x: x \* 3 does cannot be told"),
         ([*SIGMOIDS, painted(PAINTED)], "does not cut outputs off at 0.5"),  # at 0 of a sigmoid, which is everywhere
         ([painted(PAINTED.replace("> 0", ">= 0.5"))], "does not cut outputs off at 0.5"),

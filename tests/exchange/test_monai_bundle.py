@@ -210,6 +210,7 @@ def test_what_cannot_be_prepared_alike_is_told(changes, told, tmp_path):
     with pytest.raises(SegraftError, match="cannot segment as it is, but can be adapted") as refused:
         load_model(f"monai:{bundle}")
     assert told in str(refused.value)
+    assert "segraft import" not in str(refused.value)  # which opens no bundles
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,15 @@
 """What MONAI's transforms after the network make of its outputs."""
 
-import ast
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from segraft.errors import SegraftError
 from segraft.exchange.bundle_config import Config
 from segraft.exchange.bundle_entries import MASK, PROBABILITIES, SCORES
+from segraft.exchange.bundle_painting import painting_of
 from segraft.exchange.bundle_preparation import Unlike
 
 LARGEST_VALUE = int(np.iinfo(np.uint16).max)
@@ -74,6 +74,11 @@ class Step:
 
     def __init__(self, given: Mapping[str, Any], config: Config, place: int) -> None:
         self._given, self._config, self._place = given, config, place
+
+    @property
+    def disabled(self) -> bool:
+        """Whether it is switched off."""
+        return self._config.disabled(self._given)
 
     def only(self, *names: str) -> None:
         """Refuse further arguments."""
@@ -223,6 +228,8 @@ def activation_of(config: Config, place: str | None, count: int) -> Activation:
     for name, step in _steps(config, place):
         reader = READERS.get(name.removesuffix("Dict").removesuffix("d").removesuffix("D"), _unknown)
         try:
+            if step.disabled:
+                continue
             reader(made, step)
         except (Unlike, SegraftError, TypeError, ValueError) as error:
             unlike.append(f"{name}: {' '.join(str(error).split())}")
@@ -240,7 +247,7 @@ def activation_of(config: Config, place: str | None, count: int) -> Activation:
 
 
 def _steps(config: Config, place: str | None) -> list[tuple[str, Step]]:
-    """The prediction's transforms that are in use, by name."""
+    """The prediction's transforms, by name."""
     composed = config.followed(config.raw(place)) if place else None
     if isinstance(composed, Mapping):
         listed = [composed] if "transforms" not in composed else config.followed(composed["transforms"])
@@ -255,7 +262,7 @@ def _steps(config: Config, place: str | None) -> list[tuple[str, Step]]:
     for each, keys in keyed:
         if not isinstance(each, Mapping):
             steps.append((str(each), Step({}, config, 0)))
-        elif not config.disabled(each) and (keys is None or key in keys):
+        elif keys is None or key in keys:
             name = str(each.get("_target_", "")).rpartition(".")[2]
             steps.append((name, Step(each, config, keys.index(key) if keys else 0)))
     return steps
@@ -268,51 +275,6 @@ def _keys(step: Mapping[str, Any], config: Config) -> list[Any] | None:
     except SegraftError:  # computed: then it counts
         return None
     return [keys] if isinstance(keys, str) else keys if isinstance(keys, list) else None
-
-
-class Painted(NamedTuple):
-    """An output, the value that it is painted with, and where: above a cut (or at it, where that is inclusive)."""
-
-    output: int
-    value: int
-    cut: float
-    inclusive: bool
-
-
-def painting_of(function: Any) -> tuple[Painted, ...]:
-    """In the order of painting, of `$lambda x: torch.where(x[[2]] > 0, 4, torch.where(…, 0))`.
-
-    The expression is looked at, not run; empty where it is of another form.
-    """
-    try:
-        tree = ast.parse(str(function).removeprefix("$").strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return ()
-    node: ast.AST = tree.body if isinstance(tree, ast.Lambda) else tree
-    order = []
-    while True:
-        match node:
-            case ast.Call(
-                func=ast.Attribute(value=ast.Name(id="torch"), attr="where"),
-                args=[
-                    ast.Compare(
-                        left=ast.Subscript(value=ast.Name(), slice=place),
-                        ops=[ast.Gt() | ast.GtE() as operator],
-                        comparators=[ast.Constant(value=int() | float() as cut)],
-                    ),
-                    ast.Constant(value=int(value)),
-                    rest,
-                ],
-            ):
-                output = place.elts[0] if isinstance(place, ast.List) and len(place.elts) == 1 else place
-                if not (isinstance(output, ast.Constant) and isinstance(output.value, int)):
-                    return ()
-                order.append(Painted(output.value, value, cut, isinstance(operator, ast.GtE)))
-                node = rest
-            case ast.Constant(value=0):
-                return tuple(reversed(order))
-            case _:
-                return ()
 
 
 def require_values(values: Sequence[Any]) -> None:
