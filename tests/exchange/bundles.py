@@ -64,6 +64,13 @@ SEGRESNET: dict[str, Any] = {
 }
 
 
+class Own(nn.Conv3d):
+    """A network of its maker's own."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+
 def network_of(described: Mapping[str, Any]) -> nn.Module:
     """By MONAI, with weights that make outputs of some size, and running statistics that are not the start's."""
     torch.manual_seed(1)

@@ -1,5 +1,7 @@
 """MONAI's transforms and preparations say the same of a scan, or it is said why not."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,7 @@ CROP = {"_target_": "CropForegroundd", "source_key": "image"}
         ([LOAD, NORMAL], {"orientation": "own", "intensity": ZScore(nonzero=True)}),
         ([LOAD, {"_target_": "NormalizeIntensityd"}], {"orientation": "own", "intensity": ZScore()}),
         (
-            [LOAD, {"_target_": "monai.transforms.Spacingd", "pixdim": 2}, RAS, SCALE, CROP],
+            [LOAD, RAS, {"_target_": "monai.transforms.Spacingd", "pixdim": 2}, SCALE, CROP],
             {
                 "orientation": "RAS",
                 "spacing": (2.0, 2.0, 2.0),
@@ -40,6 +42,7 @@ CROP = {"_target_": "CropForegroundd", "source_key": "image"}
             ],
             {"orientation": "own", "intensity": Percentiles(lower=1, upper=99)},
         ),
+        ([{**RAS, "axcodes": ["R", "A", "S"]}, SCALE], {"orientation": "RAS", "intensity": Window(low=-57, high=164)}),
         ([{"_target_": "ScaleIntensityd"}], {"orientation": "own", "intensity": Percentiles(lower=0, upper=100)}),
         (
             [RAS, SCALE, {"_target_": "Lambdad", "keys": "label"}, {"_target_": "Flipd", "_disabled_": True}],
@@ -66,7 +69,13 @@ def test_read(transforms, fields):
         ([LOAD, SCALE, {**CROP, "margin": 5}], 1, "margin is 5"),
         ([{**CT[3], "pixdim": [-1, 1, 1]}], 1, "pixdim is"),
         ([{**CT[3], "mode": "nearest"}], 1, "mode is nearest"),
-        ([CT[3], RAS, SCALE], 1, "after the spacing, which differs"),
+        ([CT[3], RAS, SCALE], 1, "Orientationd: it comes after the spacing"),
+        ([{**CT[3], "pixdim": 1.5}, RAS, SCALE], 1, "Orientationd: it comes after the spacing"),
+        ([{**CT[3], "pixdim": [1, 1, math.nan]}, SCALE], 1, "pixdim is"),
+        ([{**CT[3], "pixdim": ["a", 1, 1]}, SCALE], 1, "pixdim is"),
+        ([LOAD, SCALE, {**CROP, "source_key": "label"}], 1, "source_key is label"),
+        ([LOAD, SCALE, {"_target_": "CropForegroundd"}], 1, "source_key is not given"),
+        ([{**LOAD, "keys": 5}, SCALE], 1, "LoadImaged: keys is 5"),
         ([LOAD, SCALE, {"_target_": "Resized"}], 1, "Resized"),
         ([LOAD, {"_target_": "ConcatItemsd"}, SCALE], 1, "ConcatItemsd"),
         ([LOAD, RAS], 1, "intensities are left as they are"),

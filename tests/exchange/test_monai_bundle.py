@@ -207,8 +207,10 @@ def test_what_cannot_be_prepared_alike_is_told(changes, told, tmp_path):
     opened = open_base(f"monai:{bundle}")
     assert opened.preparation is None
     assert any(told in note for note in opened.notes)
-    with pytest.raises(SegraftError, match="does not say how its scans are prepared"):
+    with pytest.raises(SegraftError, match="cannot segment as it is, but can be adapted") as refused:
         load_model(f"monai:{bundle}")
+    assert told in str(refused.value)
+    assert "segraft import" not in str(refused.value)  # which opens no bundles
 
 
 @pytest.mark.parametrize(

@@ -3,19 +3,23 @@
 import json
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.bundle import run, verify_metadata, verify_net_in_out
+from monai.bundle import ConfigParser, run, verify_metadata, verify_net_in_out
 from monai.bundle.properties import InferProperties
 from monai.utils import BundleProperty
 from tests.exchange.bundles import CT, SEGRESNET, UNET, write_bundle, write_scan
 
 from segraft.adapters import AdapterSpec
+from segraft.data.labels import Labels
 from segraft.data.preparation import Percentiles, Preparation, Window, ZScore
 from segraft.errors import SegraftError
+from segraft.exchange.formats import Finished
+from segraft.exchange.monai_export import write_bundle as write_out
 from segraft.exchange.opening import open_base
 from segraft.jobs import adapt, export, load_model, predict
 from segraft.jobs.adapting import BaseSource
@@ -222,6 +226,89 @@ def test_regions(tmp_path):
     opened = open_base(f"monai:{bundle}")
     assert opened.labels == {1: "all", 2: "bright"}
     assert opened.labels.regions == {1: (1, 2), 2: (2,)}
+    config = bundle / "configs" / "inference.json"
+    content = json.loads(config.read_text())
+    del content["label_regions"]  # as before they were written: then as masks are painted
+    config.write_text(json.dumps(content))
+    assert open_base(f"monai:{bundle}").labels.regions == {1: (1, 2), 2: (2,)}
+
+
+WIDTHS = {"spatial_dims": 3, "in_channels": 1, "out_channels": 3, "widths": (4, 8)}
+ABC = Labels({1: "A", 2: "B", 3: "C"}, {1: (1, 2), 2: (2, 3), 3: (3,)})
+
+
+def finished_of(network="unet", arguments=WIDTHS, labels=ABC, channels=("",), **preparation):
+    """A network with nothing adapted, for the exporter alone."""
+    rest = {name: value for name, value in arguments.items() if not name.endswith("_channels")}
+    count = {"in_channels": len(channels), "out_channels": len(labels)}
+    net = build(network, **count, arguments=rest).eval()
+    header = SimpleNamespace(spec=AdapterSpec("none", train=("head",)))
+    settled = Preparation(**PATCH | preparation)
+    source = Path("a.safetensors")
+    return Finished(
+        source, header, source, network, {**rest, **count}, labels, settled, channels, lambda: net, lambda: net
+    )
+
+
+@pytest.mark.parametrize("average", ["logit", "probability"])
+def test_regions_that_overlap_in_part_come_back(average, tmp_path):
+    """Which label values each covers cannot be told from the order in which masks are painted."""
+    finished = finished_of(average=average)
+    write_out(finished, tmp_path)
+    opened = open_base(f"monai:{tmp_path}")
+    assert opened.labels == ABC
+    assert opened.labels.regions == ABC.regions
+    assert list(opened.labels.regions) == list(ABC.regions)
+    assert (opened.unlike, opened.preparation) == ((), finished.preparation)
+
+
+def test_labels_named_like_a_background_come_back(tmp_path):
+    """Each output is a sigmoid's, whatever the first is called."""
+    labels = Labels({4: "other", 2: "B", 3: "C"})
+    write_out(finished_of(labels=labels), tmp_path)
+    opened = open_base(f"monai:{tmp_path}")
+    assert (opened.labels, opened.background, opened.unlike) == (labels, False, ())
+
+
+@pytest.mark.parametrize(
+    ("network", "arguments", "needed"),
+    [
+        ("monai.networks.nets:SegResNet", SEGMENTING, set()),
+        ("unet", WIDTHS, {"segraft"}),
+        ("tests.exchange.bundles:Own", {}, {"tests"}),
+    ],
+)
+def test_packages_that_a_bundle_needs_are_named(network, arguments, needed, tmp_path):
+    notes = write_out(finished_of(network, arguments), tmp_path)
+    assert len(notes) == len(needed)
+    assert all(note.endswith(f"needs {name}.") for note, name in zip(notes, needed, strict=True))
+    about = json.loads((tmp_path / "configs" / "metadata.json").read_text())
+    assert set(about["required_packages_version"]) == {"nibabel", *needed}
+    page = (tmp_path / "docs" / "README.md").read_text()
+    assert ("by MONAI and PyTorch alone" in page) == (not needed)
+    assert all(name in page for name in needed)
+
+
+def test_channels_on_several_grids_are_told(tmp_path):
+    finished = finished_of("unet", WIDTHS | {"in_channels": 2}, ABC, ("a", "b"), channel_grids="resample")
+    assert any("must lie on one grid" in note for note in write_out(finished, tmp_path / "two"))
+    one = finished_of(channel_grids="resample")
+    assert not any("grid" in note for note in write_out(one, tmp_path / "one"))
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_folders_with_brackets_in_their_names(channels, tmp_path):
+    """Which mean a choice of letters to glob."""
+    names = ("a", "b")[:channels] if channels > 1 else ("",)
+    write_out(finished_of("unet", WIDTHS | {"in_channels": channels}, ABC, names), tmp_path / "bundle")
+    folder = tmp_path / "scans [1]"
+    folder.mkdir()
+    for place in range(channels):
+        write_scan(folder / f"c_000{place}.nii.gz")
+    parser = ConfigParser()
+    parser.read_config(tmp_path / "bundle" / "configs" / "inference.json")
+    parser["dataset_dir"] = str(folder)
+    assert len(parser.get_parsed_content("datalist")) == 1
 
 
 @pytest.mark.parametrize("network", [UNET | {"out_channels": 3}, SEGRESNET])
@@ -236,6 +323,10 @@ def test_a_bundle_adapted_is_a_bundle_again(network, tmp_path):
     assert "segraft" not in text
     require_valid(exported.path, tmp_path)
     require_same_masks(adapted.path, exported.path, data, tmp_path)
+    opened, scan = load_model(f"monai:{exported.path}"), data / "a_0000.nii.gz"  # and Segraft opens what it wrote
+    assert np.array_equal(opened.segment(scan).mask, load_model(adapted.path).segment(scan).mask)
+    again = adapt(f"monai:{exported.path}", data, tmp_path / "again", spec=SPEC, labels=("spleen",), settings=SETTINGS)
+    assert load_model(again.path).segment(scan).mask.shape == (40, 36, 24)
 
 
 def test_what_a_bundle_cannot_say_is_refused(tmp_path):

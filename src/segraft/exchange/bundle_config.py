@@ -7,6 +7,7 @@ In MONAI's language `@a#b` (or `@a::b`) is the value at that place, `%a#b` its t
 import ast
 import json
 import operator
+import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,15 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
 }
+_CALLS: dict[str, Callable[..., Any]] = {
+    "os.path.join": posixpath.join,
+    "os.path.exists": lambda path: Path(path).exists(),
+    "os.path.isfile": lambda path: Path(path).is_file(),
+}
+"""The only calls that are done, by functions of ours, as bundles name their weights' file so."""
+
+NESTED = 100
+"""Lists and mappings one inside the other, more than which no configuration has."""
 
 
 class Config:
@@ -77,6 +87,15 @@ class Config:
                 return raw
             raw = self._required(raw[1:])
         raise self._circle()
+
+    def disabled(self, part: Mapping[str, Any]) -> bool:
+        """Whether a component is switched off, as MONAI reads it.
+
+        Raises:
+            SegraftError: that would have to be run.
+        """
+        value = self.resolve(part.get("_disabled_", False))
+        return value.strip().casefold() == "true" if isinstance(value, str) else bool(value)
 
     def _raw(self, place: str) -> Any:
         found: Any = self.values
@@ -129,7 +148,7 @@ class Config:
             return self._evaluated(tree, places, depth)
         except SegraftError:
             raise
-        except (SyntaxError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        except (SyntaxError, TypeError, ValueError, ArithmeticError, OSError, RecursionError) as error:
             raise SegraftError(
                 f"{self.path} computes {text!r}, and expressions of bundles are not run: write its value there."
             ) from error
@@ -140,7 +159,7 @@ class Config:
 
         if isinstance(node, ast.Name) and node.id in places:
             return self._at(places[node.id], depth + 1)
-        for part in (_contained, _operated, _chosen):
+        for part in (_contained, _operated, _chosen, _called):
             found = part(node, inner)
             if found is not _NOT:
                 return found
@@ -192,6 +211,17 @@ def _chosen(node: ast.AST, inner: Inner) -> Any:
     return _NOT
 
 
+def _called(node: ast.AST, inner: Inner) -> Any:
+    """One of few functions of texts."""
+    match node:
+        case ast.Call(func=ast.Attribute() as function, args=parts, keywords=[]) if ast.unparse(function) in _CALLS:
+            given = [inner(part) for part in parts]
+            if not all(isinstance(each, str) for each in given):
+                raise ValueError("a path is no text")
+            return _CALLS[ast.unparse(function)](*given)
+    return _NOT
+
+
 def _require_short(op: ast.operator, left: Any, right: Any) -> None:
     """Refuse arithmetic that repeats or formats text and lists without end."""
     long = isinstance(left, str | list) or isinstance(right, str | list)
@@ -210,11 +240,23 @@ def read_config(path: Path, known: Mapping[str, Any] | None = None) -> Config:
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise SegraftError(f"{path} is not a readable configuration ({error}): is it complete?") from error
     if not isinstance(values, dict):
         raise SegraftError(f"{path} holds no mapping of names to values: is it a configuration of a bundle?")
+    _require_shallow(values, path)
     return Config(values, path, known)
+
+
+def _require_shallow(values: dict[str, Any], path: Path) -> None:
+    """Refuse what is nested without end, such as a YAML file's list that holds itself."""
+    level: list[Any] = [values]
+    for _ in range(NESTED):
+        parts = [part for each in level for part in (each.values() if isinstance(each, dict) else each)]
+        level = list({id(part): part for part in parts if isinstance(part, dict | list)}.values())
+        if not level:
+            return
+    raise SegraftError(f"{path} has more than {NESTED} lists and mappings one inside the other: is it a configuration?")
 
 
 def config_file(folder: Path, names: Sequence[str]) -> Path | None:

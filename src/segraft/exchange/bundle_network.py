@@ -7,6 +7,7 @@ from typing import Any
 
 from segraft.errors import SegraftError
 from segraft.exchange.bundle_config import Config
+from segraft.exchange.bundle_entries import HEAD_ENTRY, INNER_ENTRY, SEQUENCE
 from segraft.networks.heads import find_head
 from segraft.networks.outputs import PATH as ON_TOP
 from segraft.networks.outputs import exchangeable
@@ -57,7 +58,32 @@ def network_of(config: Config, metadata: Mapping[str, Any]) -> BundleNetwork:
     Raises:
         SegraftError: it cannot be told without running something.
     """
-    definition = _definition(config)
+    if config.raw("network_def") == SEQUENCE:
+        return _with_outputs_on_top(config, metadata)
+    return _described_by(_definition(config), config, metadata)
+
+
+def _with_outputs_on_top(config: Config, metadata: Mapping[str, Any]) -> BundleNetwork:
+    """As Segraft writes it: a network, and a 1×1 convolution from its outputs to the task's."""
+    part, head = (config.followed(config.raw(place)) for place in (INNER_ENTRY, HEAD_ENTRY))
+    if not isinstance(part, Mapping) or "_target_" not in part or not isinstance(head, Mapping):
+        raise SegraftError(f"{config.path} has no {INNER_ENTRY} and {HEAD_ENTRY} of its network: export it again.")
+    inner = _described_by(part, config, metadata)
+    channels = {name: inner.arguments[name] for name in ("in_channels", "out_channels")}
+    sizes = [config.resolve(head.get(name)) for name in ("in_channels", "out_channels", "kernel_size")]
+    count = sizes[1]
+    if sizes != [channels["out_channels"], count, 1] or type(count) is not int or count < 1:
+        raise SegraftError(
+            f"{config.path} has a {HEAD_ENTRY} that is no 1×1 convolution of the outputs of its {INNER_ENTRY}: export "
+            "it again."
+        )
+    rest = {name: value for name, value in inner.arguments.items() if name not in channels}
+    arguments = {"network": inner.path, "outputs": channels["out_channels"], "arguments": rest}
+    return BundleNetwork(ON_TOP, {**channels, "out_channels": count, **arguments}, inner.notes)
+
+
+def _described_by(definition: Mapping[str, Any], config: Config, metadata: Mapping[str, Any]) -> BundleNetwork:
+    _require_plain(definition, config)
     target = str(definition["_target_"])
     arguments = {name: config.resolve(value) for name, value in definition.items() if name not in SPECIAL}
     path, short = _class_path(target), target.rpartition(".")[2]
@@ -85,6 +111,10 @@ def _definition(config: Config) -> Mapping[str, Any]:
         computed = next((each for each in found if isinstance(each, str)), None)
         what = f"computes its network ({computed!r})" if computed else f"has none of {', '.join(NETWORK)}"
         raise SegraftError(f"{config.path} {what}: describe it there as network_def, by its _target_ and arguments.")
+    return definition
+
+
+def _require_plain(definition: Mapping[str, Any], config: Config) -> None:
     for name, value in definition.items():
         if _has_target(config.followed(value), config):
             raise SegraftError(
@@ -92,7 +122,6 @@ def _definition(config: Config) -> Mapping[str, Any]:
                 "networks of plain arguments are read: give its weights with a class of yours (--base "
                 "package.module:Class --weights)."
             )
-    return definition
 
 
 def _channels(config: Config, name: str, arguments: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, int]:

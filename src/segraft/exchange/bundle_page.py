@@ -1,6 +1,6 @@
 """What a bundle says of itself to people."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from segraft.exchange.formats import Finished
@@ -12,8 +12,20 @@ bundle on replaces this text by the terms that follow from both.
 """
 
 
-def readme(finished: Finished, *, needs_segraft: bool, transforms: Sequence[dict[str, Any]]) -> str:
-    """The bundle's `docs/README.md`."""
+def _installed(needs: Collection[str]) -> str:
+    if list(needs) == ["segraft"]:
+        return "`pip install segraft`"
+    return f"{' and '.join(f'`{name}`' for name in needs)} must be importable"
+
+
+def readme(finished: Finished, *, needs: Collection[str], transforms: Sequence[dict[str, Any]]) -> str:
+    """The bundle's `docs/README.md`.
+
+    Args:
+        finished: the adapter.
+        needs: packages beside MONAI and PyTorch that the network is of.
+        transforms: that prepare scans.
+    """
     spec, patch = finished.header.spec, "×".join(map(str, finished.preparation.patch))
     labels = finished.labels
     values = "\n".join(f"- {value}: {name}" for value, name in labels.items())
@@ -29,8 +41,8 @@ def readme(finished: Finished, *, needs_segraft: bool, transforms: Sequence[dict
         else "one NIfTI file per channel, `case_0000.nii.gz`, `case_0001.nii.gz`, …: " + ", ".join(finished.channels)
     )
     network = (
-        f"The network is one of Segraft's (`{finished.network}`): `pip install segraft` where the bundle is run."
-        if needs_segraft
+        f"The network (`{finished.network}`) is of another package: {_installed(needs)} where the bundle is run."
+        if needs
         else "The network is built by MONAI and PyTorch alone."
     )
     steps = ", ".join(str(step["_target_"]) for step in transforms)

@@ -1,5 +1,6 @@
 """How MONAI's transforms prepare scans, as a `Preparation`, and a `Preparation` as MONAI's transforms."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,9 +27,11 @@ class Found:
         fields: of a `Preparation`.
         done: names of what was done, in order.
         channels: of the image.
+        key: under which the image stands.
     """
 
     channels: int
+    key: str = "image"
     fields: dict[str, Any] = field(default_factory=dict)
     done: list[str] = field(default_factory=list)
 
@@ -41,16 +44,15 @@ class Found:
 
 
 def _orientation(found: Found, given: Arguments) -> None:
-    _only(given, axcodes=None, labels=(None, AXES), as_closest_canonical=(False,))
-    spacing = found.fields.get("spacing")
-    if spacing is not None and len(set(spacing)) > 1:
-        raise Unlike("it comes after the spacing, which differs between axes")
-    found.step("the orientation", before=("the intensity", "the crop"))
-    found.fields["orientation"] = str(given.get("axcodes"))
+    only(given, axcodes=None, labels=(None, AXES), as_closest_canonical=(False,))
+    codes = given.get("axcodes")
+    # resampled first, a scan has other sizes where its axes are oblique or its size is no multiple
+    found.step("the orientation", before=("the spacing", "the intensity", "the crop"))
+    found.fields["orientation"] = "".join(map(str, codes)) if isinstance(codes, list) else codes
 
 
 def _spacing(found: Found, given: Arguments) -> None:
-    _only(
+    only(
         given,
         pixdim=None,
         mode=("bilinear", ["bilinear"]),
@@ -63,21 +65,25 @@ def _spacing(found: Found, given: Arguments) -> None:
     )
     sizes = given.get("pixdim")
     sizes = [sizes] * 3 if isinstance(sizes, int | float) else sizes
-    if not isinstance(sizes, list) or len(sizes) != 3 or min(sizes) <= 0:
+    if not isinstance(sizes, list) or len(sizes) != 3 or not all(map(_is_size, sizes)):
         raise Unlike(f"pixdim is {sizes}")
     found.step("the spacing", before=("the intensity", "the crop"))
     found.fields["spacing"] = tuple(map(float, sizes))
 
 
+def _is_size(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
 def _window(found: Found, given: Arguments) -> None:
-    _only(given, a_min=None, a_max=None, b_min=(0,), b_max=(1,), clip=(True,), dtype=None)
+    only(given, a_min=None, a_max=None, b_min=(0,), b_max=(1,), clip=(True,), dtype=None)
     _require(given, "b_min", "b_max", "clip")
     found.step("the intensity", before=("the crop",))
     found.fields["intensity"] = Window(low=given["a_min"], high=given["a_max"])
 
 
 def _percentiles(found: Found, given: Arguments) -> None:
-    _only(
+    only(
         given,
         lower=None,
         upper=None,
@@ -95,7 +101,7 @@ def _percentiles(found: Found, given: Arguments) -> None:
 
 def _range(found: Found, given: Arguments) -> None:
     each = found.channels > 1
-    _only(given, minv=(0,), maxv=(1,), factor=(None,), channel_wise=(True,) if each else (True, False), dtype=None)
+    only(given, minv=(0,), maxv=(1,), factor=(None,), channel_wise=(True,) if each else (True, False), dtype=None)
     _require(given, *(["channel_wise"] if each else []))
     found.step("the intensity", before=("the crop",))
     found.fields["intensity"] = Percentiles(lower=0, upper=100)
@@ -103,7 +109,7 @@ def _range(found: Found, given: Arguments) -> None:
 
 def _z_score(found: Found, given: Arguments) -> None:
     each = found.channels > 1
-    _only(
+    only(
         given,
         nonzero=(True, False),
         channel_wise=(True,) if each else (True, False),
@@ -117,9 +123,9 @@ def _z_score(found: Found, given: Arguments) -> None:
 
 
 def _crop(found: Found, given: Arguments) -> None:
-    _only(
+    only(
         given,
-        source_key=None,
+        source_key=(found.key,),
         margin=(0,),
         allow_smaller=(True, False),
         k_divisible=(1,),
@@ -128,6 +134,7 @@ def _crop(found: Found, given: Arguments) -> None:
         channel_indices=(None,),
         mode=None,
     )
+    _require(given, "source_key")
     found.step("the crop", before=())
     if "the intensity" not in found.done:
         raise Unlike("it comes before the intensity")
@@ -167,12 +174,15 @@ def read_transforms(transforms: Sequence[Arguments], channels: int, key: str) ->
     Raises:
         Unlike: naming the one that no preparation does.
     """
-    found = Found(channels)
+    found = Found(channels, key)
     for given in transforms:
         name = str(given.get("_target_", "")).rpartition(".")[2]
         plain = name.removesuffix("Dict").removesuffix("d").removesuffix("D")
         keys = given.get("keys", key)
-        if given.get("_disabled_") is True or key not in ([keys] if isinstance(keys, str) else keys):
+        keys = [keys] if isinstance(keys, str) else keys
+        if not isinstance(keys, list):
+            raise Unlike(f"{name}: keys is {keys}")
+        if given.get("_disabled_") is True or key not in keys:
             continue
         reader = READERS.get(plain)
         if reader is None:
@@ -236,7 +246,7 @@ WRITERS: dict[str, Callable[[Intensity], dict[str, Any]]] = {
 """Kind of an intensity setting -> MONAI's transform."""
 
 
-def _only(given: Arguments, **allowed: Sequence[Any] | None) -> None:
+def only(given: Arguments, **allowed: Sequence[Any] | None) -> None:
     """Refuse arguments that are not known, and values of those that have few; None allows any."""
     for name, value in given.items():
         values = allowed.get(name, ())

@@ -4,12 +4,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
 from segraft.exchange.bundle_config import Config, config_file, read_config
 from segraft.exchange.bundle_network import described, network_of, with_exchangeable_outputs
-from segraft.exchange.bundle_outputs import PROBABILITIES, SCORES, Activation, activation_of, labels_of
+from segraft.exchange.bundle_outputs import labels_of
+from segraft.exchange.bundle_patches import read_patches
+from segraft.exchange.bundle_postprocessing import activation_of
 from segraft.exchange.bundle_preparation import Unlike, read_transforms
+from segraft.exchange.bundle_weights import weights_of
 from segraft.exchange.opening import Opened, require_no_fold
 
 CONFIGS = ("inference", "evaluate", "train")
@@ -41,21 +46,23 @@ def open_bundle(path: Path, fold: str | None = None) -> Opened:
     metadata = read_config(about).values if about else {}
     network = network_of(config, metadata)
     count = network.arguments["out_channels"]
-    activation = activation_of(config, _place(config, POSTPROCESSING))
+    activation = activation_of(config, _place(config, POSTPROCESSING), count)
     names = _names(metadata, "outputs", "pred", count)
     labels, background, told = labels_of(names, count, activation, config)
     channels = _channels(metadata, network.arguments["in_channels"])
-    preparation, said = _preparation(config, len(channels), activation)
+    preparation, said = _preparation(config, len(channels))
+    unlike = activation.unlike
     settled = with_exchangeable_outputs(network)
     return Opened(
         network=settled.path,
         arguments={name: value for name, value in settled.arguments.items() if name != "out_channels"},
-        weights=_weights(path, config),
+        weights=weights_of(path, config),
         labels=labels,
         background=background,
         channels=channels,
         preparation=preparation,
-        notes=(*settled.notes, *told, *said),
+        notes=(*settled.notes, *told, *said, *activation.notes),
+        unlike=tuple(f"{config.path} makes masks in a way that Segraft has not got ({each})." for each in unlike),
     )
 
 
@@ -81,22 +88,23 @@ def _channels(metadata: Mapping[str, Any], count: int) -> tuple[str, ...]:
     return _names(metadata, "inputs", "image", count) or numbered(count)
 
 
-def _preparation(config: Config, channels: int, activation: Activation) -> tuple[Preparation | None, tuple[str, ...]]:
+def _preparation(config: Config, channels: int) -> tuple[Preparation | None, tuple[str, ...]]:
     """How scans are prepared and cut into patches, where Segraft does the same; and what differs."""
+    place = _place(config, INFERER)
     try:
         fields = _transforms(config, channels)
+        patch, notes = read_patches(config.followed(config.raw(place)) if place else None, config)
+        return Preparation(**fields, **patch), notes
+    except ValidationError as error:
+        first = error.errors()[0]
+        told = f"{'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']}"
     except Unlike as error:
-        note = (
-            f"{config.path} prepares scans in a way that Segraft has not got ({error}): say how they are prepared "
-            "(--spacing, --window, …)."
-        )
-        return None, (note,)
-    try:
-        patch, notes = _patches(config)
-    except Unlike as error:
-        return None, (f"{config.path} segments scans in a way that Segraft has not got ({error}): give --patch.",)
-    differ = [*notes, *activation.notes]
-    return Preparation(**fields, **patch), tuple(differ)
+        told = str(error)
+    note = (
+        f"{config.path} prepares or segments scans in a way that Segraft has not got ({told}): say how they are "
+        "prepared where it is adapted (--spacing, --window, --patch, …)."
+    )
+    return None, (note,)
 
 
 def _transforms(config: Config, channels: int) -> dict[str, Any]:
@@ -110,6 +118,8 @@ def _transforms(config: Config, channels: int) -> dict[str, Any]:
         if not isinstance(each, Mapping):
             raise Unlike(str(each))
         try:
+            if config.disabled(each):
+                continue
             given.append({name: config.resolve(value) for name, value in each.items() if name not in _FREE})
         except SegraftError as error:
             raise Unlike(f"{each.get('_target_')}: {error}") from error
@@ -121,72 +131,3 @@ def _transforms(config: Config, channels: int) -> dict[str, Any]:
 
 _FREE = ("dtype", "device", "reader", "data_type")
 """Arguments that do not count, and are often computed."""
-
-
-def _patches(config: Config) -> tuple[dict[str, Any], list[str]]:
-    place = _place(config, INFERER)
-    inferer = config.followed(config.raw(place)) if place else None
-    name = str(inferer.get("_target_", "")).rpartition(".")[2] if isinstance(inferer, Mapping) else "no inferer"
-    if not isinstance(inferer, Mapping) or name not in ("SlidingWindowInferer", "SliceInferer"):
-        raise Unlike(name or "no inferer")
-    wanted = ("roi_size", "overlap", "mode", "padding_mode", "spatial_dim")
-    try:
-        given = {each: config.resolve(inferer[each]) for each in wanted if each in inferer}
-    except SegraftError as error:
-        raise Unlike(str(error)) from error
-    size = given.get("roi_size")
-    flat = name == "SliceInferer"
-    size = [size] * (2 if flat else 3) if isinstance(size, int) else size
-    if flat and given.get("spatial_dim", 0) != 2:
-        raise Unlike("slices across another axis than the last")
-    if not isinstance(size, list) or len(size) != (2 if flat else 3) or not all(_positive(each) for each in size):
-        raise Unlike(f"roi_size is {size}")
-    overlap = given.get("overlap", 0.25)
-    if isinstance(overlap, list):
-        if len(set(overlap)) != 1:
-            raise Unlike(f"overlap is {overlap}")
-        overlap = overlap[0]
-    weights = given.get("mode", "constant")
-    if weights not in ("gaussian", "constant"):
-        raise Unlike(f"mode is {weights}")
-    notes = []
-    if given.get("padding_mode", "constant") != "constant":
-        notes.append("scans smaller than the patch are filled up with zeros here, by MONAI's run with their border.")
-    average = "probability" if config.raw(SCORES) == PROBABILITIES else "logit"
-    patch = (*size, *([1] if flat else []))
-    return {"patch": patch, "overlap": overlap, "average": average, "weights": weights}, notes
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, int) and value > 0
-
-
-def _weights(path: Path, config: Config) -> Path:
-    """The state dict: where the configuration loads it from, else `models/model.pt`."""
-    named = [each for each in _load_paths(config.values, config) if each.is_file()]
-    usual = path / "models" / "model.pt"
-    if named or usual.is_file():
-        found = named[0] if named else usual
-        if not found.resolve().is_relative_to(path.resolve()):
-            raise SegraftError(
-                f"{config.path} loads weights from outside of the bundle ({found}): copy them to {usual}."
-            )
-        return found
-    if any((path / "models").glob("*.ts")):
-        raise SegraftError(
-            f"{path} has its weights as TorchScript alone (models/*.ts), which has no layers to graft on: save the "
-            "state dict of the network as models/model.pt."
-        )
-    raise SegraftError(f"{path} has no models/model.pt: download the bundle's large files, or copy the weights there.")
-
-
-def _load_paths(values: Any, config: Config) -> list[Path]:
-    """Paths that checkpoint loaders name, as far as they can be told without running anything."""
-    if isinstance(values, Mapping):
-        if str(values.get("_target_", "")).endswith("CheckpointLoader") and "load_path" in values:
-            try:
-                return [Path(str(config.resolve(values["load_path"])))]
-            except SegraftError:
-                return []
-        values = list(values.values())
-    return [found for value in values for found in _load_paths(value, config)] if isinstance(values, list) else []

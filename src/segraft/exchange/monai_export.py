@@ -1,7 +1,7 @@
 """A finished adapter as a MONAI bundle, merged into its base, which MONAI alone prepares scans for and runs."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,16 @@ from segraft._version import __version__
 from segraft.data.labels import Labels
 from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
-from segraft.exchange.bundle_outputs import PROBABILITIES, SCORES, VALUES
+from segraft.exchange.bundle_entries import (
+    HEAD_ENTRY,
+    INNER_ENTRY,
+    MASK,
+    PROBABILITIES,
+    REGIONS,
+    SCORES,
+    SEQUENCE,
+    VALUES,
+)
 from segraft.exchange.bundle_page import LICENCE, readme
 from segraft.exchange.bundle_preparation import INVERTIBLE, write_transforms
 from segraft.exchange.formats import Finished
@@ -47,18 +56,23 @@ def write_bundle(finished: Finished, folder: Path) -> tuple[str, ...]:
     notes = []
     if getattr(net, "takes_missing_channels", False) and channels > 1:
         notes.append("scans must have all channels in a bundle: MONAI does not read scans without one.")
-    network, own = _network(net, finished)
+    if preparation.channel_grids == "resample" and channels > 1:
+        notes.append("channels of a scan must lie on one grid in a bundle: MONAI does not bring them to the first's.")
+    network = _network(net, finished)
+    targets = [_target(part) for part in network.values()]
+    needed = _needed(targets)
     inference = _inference(network, transforms, preparation, finished.labels, channels)
-    described = _metadata(finished, preparation, [_target(part) for part in network.values()])
+    described = _metadata(finished, preparation, needed | _einops(targets))
     for name, content in (("inference", inference), ("metadata", described)):
         _write(folder / "configs" / f"{name}.json", json.dumps(content, indent=4, ensure_ascii=False) + "\n")
     weights = folder / "models" / "model.pt"
     weights.parent.mkdir()
     torch.save(_state(net), weights)
-    _write(folder / "docs" / "README.md", readme(finished, needs_segraft=own, transforms=transforms))
+    _write(folder / "docs" / "README.md", readme(finished, needs=needed, transforms=transforms))
     _write(folder / "LICENSE", LICENCE)
-    if own:
-        notes.append(f"{type(net).__name__} is a network of Segraft's, so whoever runs the bundle needs segraft.")
+    notes += [
+        f"{type(net).__name__} is a network of {name}, so whoever runs the bundle needs {name}." for name in needed
+    ]
     return tuple(notes)
 
 
@@ -79,12 +93,11 @@ def _parted(tensors: Mapping[str, Tensor]) -> list[tuple[tuple[str, str, str], T
     return [(key.partition("."), value) for key, value in tensors.items()]
 
 
-def _network(net: nn.Module, finished: Finished) -> tuple[dict[str, Any], bool]:
-    """Entries of a configuration that describe the network, and whether segraft is needed to build it."""
+def _network(net: nn.Module, finished: Finished) -> dict[str, Any]:
+    """Entries of a configuration that describe the network."""
     arguments = dict(finished.arguments)
     if finished.network != ON_TOP or not isinstance(net, OutputsOnTop):
-        described = _described(finished.network, arguments)
-        return {"network_def": described}, described["_target_"].startswith("segraft.")
+        return {"network_def": _described(finished.network, arguments)}
     outputs = arguments["outputs"]
     channels = {"in_channels": arguments["in_channels"], "out_channels": outputs}
     inner = _described(arguments["network"], {**channels, **(arguments.get("arguments") or {})})
@@ -94,9 +107,7 @@ def _network(net: nn.Module, finished: Finished) -> tuple[dict[str, Any], bool]:
         "out_channels": arguments["out_channels"],
         "kernel_size": 1,
     }
-    sequence = "$torch.nn.Sequential(@base_network, @task_outputs)"
-    entries = {"base_network": inner, "task_outputs": head, "network_def": sequence}
-    return entries, inner["_target_"].startswith("segraft.")
+    return {INNER_ENTRY: inner, HEAD_ENTRY: head, "network_def": SEQUENCE}
 
 
 def _described(network: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,6 +162,7 @@ def _inference(
         },
         SCORES: "@network" if logits else PROBABILITIES,
         VALUES: list(labels),
+        **({REGIONS: {str(value): list(covers) for value, covers in labels.regions.items()}} if labels.regions else {}),
         "postprocessing": {
             "_target_": "Compose",
             "transforms": [
@@ -193,21 +205,19 @@ def _inference(
 
 def _scans(channels: int) -> str:
     if channels == 1:
-        return "$sorted(glob.glob(@dataset_dir + '/*.nii*'))"
+        return "$sorted(glob.glob(glob.escape(@dataset_dir) + '/*.nii*'))"
     # a file per channel, else files with the channel last
     return (
         f"$[[first.replace('_0000.nii', '_%04d.nii' % place) for place in range({channels})] "
-        "for first in sorted(glob.glob(@dataset_dir + '/*_0000.nii*'))] or sorted(glob.glob(@dataset_dir + '/*.nii*'))"
+        "for first in sorted(glob.glob(glob.escape(@dataset_dir) + '/*_0000.nii*'))] "
+        "or sorted(glob.glob(glob.escape(@dataset_dir) + '/*.nii*'))"
     )
 
 
 def mask_expression(labels: Labels) -> str:
     """From probabilities [L, X, Y, Z] to a label map [1, X, Y, Z], as `segraft predict` does it."""
     if not labels.regions:
-        return (
-            "$lambda p: torch.where(p.amax(0, keepdim=True) >= 0.5, "
-            f"torch.as_tensor(@{VALUES}, device=p.device)[p.argmax(0, keepdim=True)], 0)"
-        )
+        return MASK
     place = {value: at for at, value in enumerate(labels)}
     painted = "0"
     for value in labels.regions:  # what is painted last lies above
@@ -215,15 +225,32 @@ def mask_expression(labels: Labels) -> str:
     return f"$lambda p: {painted}"
 
 
-def _metadata(finished: Finished, preparation: Preparation, targets: list[str]) -> dict[str, Any]:
+def _needed(targets: Sequence[str]) -> dict[str, str]:
+    """Packages beside MONAI and torch that these classes are of, and their versions where they are installed so."""
+    tops = dict.fromkeys(target.partition(".")[0] for target in targets if target)
+    by_module = packages.packages_distributions()
+    names = [by_module.get(top, [top])[0] for top in tops if top not in ("monai", "torch")]
+    return {name: _version(name) for name in names}
+
+
+def _version(package: str) -> str:
+    try:
+        return __version__ if package == "segraft" else packages.version(package)
+    except packages.PackageNotFoundError:  # a module of its maker's own
+        return "not stated"
+
+
+def _einops(targets: Sequence[str]) -> dict[str, str]:
+    """What networks of MONAI with transformers need beside it."""
+    return {"einops": packages.version("einops")} if any("unetr" in target.casefold() for target in targets) else {}
+
+
+def _metadata(finished: Finished, preparation: Preparation, needed: Mapping[str, str]) -> dict[str, Any]:
     patch = list(preparation.patch)
     shape = patch[:2] if patch[2] == 1 else patch
     names = list(finished.labels.values())
     scaled = all(each.kind != "z_score" for each in preparation.intensities(len(finished.channels)))
     tensor = {"type": "image", "spatial_shape": shape, "dtype": "float32", "is_patch_data": True}
-    needed = {"nibabel": packages.version("nibabel")}
-    needed |= {"segraft": __version__} if any(target.startswith("segraft.") for target in targets) else {}
-    needed |= {"einops": packages.version("einops")} if any("unetr" in target.casefold() for target in targets) else {}
     return {
         "schema": SCHEMA,
         "version": "0.1.0",
@@ -231,7 +258,7 @@ def _metadata(finished: Finished, preparation: Preparation, targets: list[str]) 
         "monai_version": packages.version("monai"),
         "pytorch_version": packages.version("torch").partition("+")[0],
         "numpy_version": packages.version("numpy"),
-        "required_packages_version": needed,
+        "required_packages_version": {"nibabel": packages.version("nibabel"), **needed},
         "name": f"Segmentation of {', '.join(names)}",
         "task": f"Segmentation of {', '.join(names)}",
         "description": f"A network adapted by Segraft ({finished.header.spec.method}), merged into its base.",

@@ -34,6 +34,8 @@ class Opened:
         channels: names of the image's channels, in order; ("",) for a single one without a name.
         preparation: of the scans as the tool does it; None where that cannot be told.
         notes: what the user should know of it.
+        unlike: sentences on what the tool does with the network's outputs that Segraft does not, so that masks would be
+            others; it can then be adapted, but does not segment as it is.
     """
 
     network: str
@@ -44,6 +46,7 @@ class Opened:
     channels: tuple[str, ...]
     preparation: ScanPreparation | None
     notes: tuple[str, ...] = ()
+    unlike: tuple[str, ...] = ()
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -99,7 +99,7 @@ def _base(base: str | Path) -> tuple[LoadedBase, dict[str, Any]]:
         task = task_record(opened.labels, opened.preparation or Preparation(), opened.channels)
         if opened.preparation is None:
             del task["preparation"]
-        notes = (*opened.notes, *loaded.notes(names))
+        notes = (*opened.unlike, *opened.notes, *loaded.notes(names))
         return LoadedBase(net, described, opened.preparation, Served(), frozenset(), loaded.untrained, notes), task
     info = read_base(base)
     require_segmenting(info.path, info.record)

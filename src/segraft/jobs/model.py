@@ -207,11 +207,9 @@ def _opened(path: str, fold: str | None, preparation: ScanPreparation | None) ->
     if loaded.kept:
         raise SegraftError(f"{opened.weights} does not hold all of the network, so it cannot segment: adapt it first.")
     settled = preparation or opened.preparation
-    if settled is None:
-        raise SegraftError(
-            f"{path} does not say how its scans are prepared in a way that can be followed: import it with how they "
-            "are (segraft import, --spacing, --window, …), or adapt it."
-        )
+    if settled is None or opened.unlike:
+        reasons = "; ".join(note.removesuffix(".") for note in (*opened.unlike, *opened.notes))
+        raise SegraftError(f"{path} cannot segment as it is, but can be adapted (segraft adapt --base): {reasons}.")
     return Model(net.eval(), opened.labels, settled, Served(), Served(), opened.weights, opened.channels, opened.notes)
 
 

@@ -14,6 +14,8 @@ PATH = f"{__name__}:OutputsOnTop"
 """By which `build` makes it."""
 
 INNER, HEAD = "net", "head"
+_SEQUENCE = {"0": INNER, "1": HEAD}
+"""Its parts in a `torch.nn.Sequential` of the two, as it is exported."""
 
 
 class OutputsOnTop(nn.Module):
@@ -57,6 +59,9 @@ class OutputsOnTop(nn.Module):
         """Weights of the network alone as those of this one, with all its outputs passed on as they are."""
         if any(key.startswith(f"{INNER}.") for key in tensors):
             return dict(tensors)
+        named = {".".join((_SEQUENCE.get(first, first), rest)): value for (first, _, rest), value in _parted(tensors)}
+        if named.keys() == self.state_dict().keys():
+            return named
         size = self.head.weight.shape[1]
         ahead = {f"{INNER}.{key}": value for key, value in unprefixed(tensors, self.net.state_dict()).items()}
         identity = torch.eye(size).reshape(size, size, *self.head.weight.shape[2:])
@@ -66,6 +71,10 @@ class OutputsOnTop(nn.Module):
         """Logits on the grid of the image."""
         logits: Tensor = self.head(self.net(image))
         return logits
+
+
+def _parted(tensors: Mapping[str, Tensor]) -> list[tuple[tuple[str, str, str], Tensor]]:
+    return [(key.partition("."), value) for key, value in tensors.items()]
 
 
 def exchangeable(network: str, arguments: Mapping[str, Any], head: Sequence[str]) -> bool:
