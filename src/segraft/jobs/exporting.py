@@ -9,7 +9,7 @@ from segraft import adapters
 from segraft.adapters import read_header
 from segraft.atomic import replacing_folder
 from segraft.errors import SegraftError
-from segraft.exchange.formats import Finished, exporter
+from segraft.exchange.formats import Finished, exporter, require_replaceable
 from segraft.jobs.locating import file_in, holds_base
 from segraft.jobs.model import base_file_of, load_base_of, load_model
 
@@ -38,19 +38,34 @@ def export(
         out: folder to write to.
         format: a key of `segraft.exchange.formats.FORMATS`.
         base: where the base is, if it is no longer where it was when the adapter was trained.
-        overwrite: replace a folder that is there.
+        overwrite: replace a folder that an earlier export wrote.
 
     Raises:
-        SegraftError: the format cannot express the adapter, its base is not found, or the folder is there already;
-            nothing is written then.
+        SegraftError: the format cannot express the adapter, its base is not found, or the folder is there already, or
+            is none that may be replaced; nothing is written then.
     """
     write, out = exporter(format), Path(out)
     if out.exists() and not (overwrite or (out.is_dir() and not any(out.iterdir()))):
         raise SegraftError(f"{out} exists: choose another --out, or pass --overwrite.")
+    require_replaceable(out)
     finished = finished_adapter(adapter, base)
+    _keep(finished, out)
     with replacing_folder(out) as aside:
         notes = write(finished, aside)
     return Exported(out, tuple(sorted(path for path in out.rglob("*") if path.is_file())), notes)
+
+
+def _keep(finished: Finished, out: Path) -> None:
+    """Refuse to replace the folder that one is in, or one that holds what is exported.
+
+    Raises:
+        SegraftError: naming it.
+    """
+    for what, path in (("the adapter", finished.source), ("its base", finished.base)):
+        if any(each.is_relative_to(out.resolve()) for each in (path.absolute(), path.resolve())):
+            raise SegraftError(f"{out} holds {what} {path}, which would be gone: choose another --out.")
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise SegraftError(f"{out} is, or holds, the folder that the command runs in: name another with --out.")
 
 
 def finished_adapter(adapter: str | Path, base: str | Path | None = None) -> Finished:
