@@ -27,7 +27,7 @@ EXCLUSIVE = (
 )
 OVERLAPPING = (
     "logits, one per label in the order of labels, which are regions that may overlap: a region is where its sigmoid "
-    "is at least 0.5; masks are painted with the values of regions in their order, so that the last lies above the others"
+    "is at least 0.5; masks are painted with the values of regions in their order, the last above the others"
 )
 
 OF_TORCH = "pkg.torch"

@@ -11,7 +11,7 @@ from segraft.atomic import replacing_folder
 from segraft.errors import SegraftError
 from segraft.exchange.formats import Finished, exporter, require_replaceable
 from segraft.jobs.locating import file_in, holds_base
-from segraft.jobs.model import base_file_of, load_base_of, load_model
+from segraft.jobs.model import base_file_of, load_base_of, task_of
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ def finished_adapter(adapter: str | Path, base: str | Path | None = None) -> Fin
     if holds_base(path):
         raise SegraftError(f"{path} is a base, and only adapters are exported: adapt it first.")
     header = read_header(path)
-    model = load_model(path, base=base)
+    found = base_file_of(header, base)
     described = header.record["base"]
+    model = task_of(path, header.record, described["arguments"].get("in_channels", 1))
 
     def grafted() -> nn.Module:
         net, _ = load_base_of(header, base)
@@ -99,7 +100,7 @@ def finished_adapter(adapter: str | Path, base: str | Path | None = None) -> Fin
     return Finished(
         source=path,
         header=header,
-        base=base_file_of(header, base),
+        base=found,
         network=described["network"],
         arguments=described["arguments"],
         labels=model.labels,
