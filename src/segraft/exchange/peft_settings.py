@@ -116,7 +116,7 @@ class Record(BaseModel):
 def _told(error: ValidationError, path: Path) -> SegraftError:
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
-    reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(" or instance of ")[0]
     if not name:
         return SegraftError(f"{path}: {reason}: is it as it was written?")
     shown = repr(first["input"])

@@ -25,7 +25,7 @@ from segraft.jobs.preparing import check_network, checked
 from segraft.jobs.run_folder import versions
 from segraft.networks import read_base
 from segraft.networks.bases import FILE_NAME
-from segraft.networks.heads import Outputs
+from segraft.networks.heads import Outputs, find_head
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,13 @@ def _rebuilt(base: str | Path, read: PeftFolder, recorded: RecordedBase) -> Load
         read.path / RECORD, AdapterSpec("none"), recorded.fingerprint, {"base": described}, __version__, {}, {}
     )
     described["path"] = str(base_file_of(header, base))
-    net, served = load_base_of(header, described["path"])
+    try:
+        net, served = load_base_of(header, described["path"])
+    except (IndexError, KeyError) as error:
+        raise SegraftError(
+            f"{header.path} takes outputs or channels of the base that {base} has not: is it the base that the adapter "
+            "was trained on?"
+        ) from error
     outputs = Outputs.of(described)
     new = frozenset(() if outputs is None else outputs.new)
     return LoadedBase(net, described, None, served, new, (), ())
@@ -187,6 +193,12 @@ def _task(
         raise SegraftError(
             f"{folder / RECORD} names {len(task['channels'])} channels ({', '.join(task['channels'])}), and {base} "
             f"takes {channels}: is it the base that the adapter was trained on?"
+        )
+    head = find_head(loaded.net)
+    if head is not None and not labels and head.outputs != len(task["labels"]):
+        raise SegraftError(
+            f"{folder / RECORD} names {len(task['labels'])} labels, and {base} has {head.outputs} outputs: is it the "
+            "base that the adapter was trained on?"
         )
     check_network(loaded.net, settled.patch, len(task["labels"]), channels)
     return task
