@@ -109,10 +109,15 @@ def require_replaceable(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise SegraftError(f"{folder} is a file, and an export is a folder: choose another --out.")
-    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
-    empty = not any(folder.iterdir())
-    others = [files - {*each.marks, *each.further} for each in FORMATS.values() if files.issuperset(each.marks)]
-    if empty or set() in others:
+    if not any(folder.iterdir()):
         return
-    why = f"holds {min(others[0])} beside an export" if others else "was not written by segraft export"
+    formats = [each for each in FORMATS.values() if all((folder / mark).is_file() for mark in each.marks)]
+    why = "was not written by segraft export"
+    if formats:  # other folders, which may be large, are not looked through
+        found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+        files = {path.relative_to(folder).as_posix() for path in found}
+        others = [files - {*each.marks, *each.further} for each in formats]
+        if set() in others:
+            return
+        why = f"holds {min(others[0])} beside an export"
     raise SegraftError(f"{folder} {why}, and all of it would be gone: choose another --out, or empty it yourself.")
