@@ -1,7 +1,9 @@
 """What pages start from: a folder with `base`, `run/adapter.safetensors` and `scan.nii.gz`, tiny and untrained."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -15,11 +17,17 @@ from segraft.jobs.model import build_from_start, task_record
 from segraft.networks import save_base
 
 
-def tiny_adapter(folder: Path) -> None:
-    """Write them into a folder."""
+def tiny_adapter(folder: Path, *, regions: Mapping[int, tuple[int, ...]] | None = None, **preparing: Any) -> None:
+    """Write them into a folder.
+
+    Args:
+        folder: of the page.
+        regions: that its labels, 1 and 2, are.
+        preparing: fields of the preparation.
+    """
     arguments = {"in_channels": 1, "out_channels": 2, "widths": [4, 8]}
-    preparation = Preparation(intensity=Window(low=-50, high=150), patch=(16, 16, 8))
-    record = task_record(Labels({1: "core", 2: "rim"}), preparation)
+    preparation = Preparation(intensity=Window(low=-50, high=150), **{"patch": (16, 16, 8), **preparing})
+    record = task_record(Labels({1: "core", 2: "rim"}, regions or {}), preparation)
     net = build_from_start("unet3d", arguments)
     base = save_base(net, folder / "base", network="unet3d", arguments=arguments, record=record)
     graft(net, AdapterSpec("dora_c", rank=2, train="head"))

@@ -18,7 +18,7 @@ def export(
     format: Annotated[str, typer.Option(help="peft, onnx, nnunet or monai-bundle.")],  # noqa: A002
     out: OutFolder,
     base: BasePath = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier export wrote.")] = False,
     common: Common,
 ) -> None:
     """Write an adapter so that another tool runs it.

@@ -13,13 +13,40 @@ from segraft.data.labels import Labels
 from segraft.data.scan_preparation import ScanPreparation
 from segraft.errors import SegraftError
 
-FORMATS: dict[str, str] = {
-    "peft": "segraft.exchange.peft_export:export_peft",
-    "onnx": "segraft.exchange.onnx_export:export_onnx",
-    "monai-bundle": "segraft.exchange.monai_export:write_bundle",
-    "nnunet": "segraft.exchange.nnunet_export:export_nnunet",
+
+@dataclass(frozen=True)
+class Format:
+    """A format.
+
+    Attributes:
+        exporter: `package.module:function`, an `Exporter`.
+        marks: files that it always writes, by which a folder is told to be an export.
+        further: files that it may write, too. A folder with any other holds more than an export.
+    """
+
+    exporter: str
+    marks: tuple[str, ...]
+    further: tuple[str, ...] = ()
+
+
+FORMATS: dict[str, Format] = {
+    "peft": Format(
+        "segraft.exchange.peft_export:export_peft",
+        ("adapter_config.json", "adapter_model.safetensors", "segraft.json"),
+        ("README.md", "base_model.safetensors"),
+    ),
+    "onnx": Format("segraft.exchange.onnx_export:export_onnx", ("model.onnx", "model.json"), ("model.onnx.data",)),
+    "monai-bundle": Format(
+        "segraft.exchange.monai_export:write_bundle",
+        ("configs/inference.json", "configs/metadata.json", "models/model.pt"),
+        ("docs/README.md", "LICENSE"),
+    ),
+    "nnunet": Format(
+        "segraft.exchange.nnunet_export:export_nnunet",
+        ("plans.json", "dataset.json", "fold_0/checkpoint_final.pth"),
+    ),
 }
-"""Format -> `package.module:function`, an `Exporter`. To add a format, add one entry."""
+"""To add a format, add one entry."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +94,30 @@ def exporter(name: str) -> Exporter:
     """
     if name not in FORMATS:
         raise SegraftError(f"unknown format {name!r}: choose {', '.join(FORMATS)}.")
-    module, _, function = FORMATS[name].partition(":")
+    module, _, function = FORMATS[name].exporter.partition(":")
     found: Exporter = getattr(import_module(module), function)
     return found
+
+
+def require_replaceable(folder: Path) -> None:
+    """Refuse to replace what is no earlier export, empty folders aside: what else is in a folder would be gone.
+
+    Raises:
+        SegraftError: a file, or a folder that holds something that exports do not.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise SegraftError(f"{folder} is a file, and an export is a folder: choose another --out.")
+    if not any(folder.iterdir()):
+        return
+    formats = [each for each in FORMATS.values() if all((folder / mark).is_file() for mark in each.marks)]
+    why = "was not written by segraft export"
+    if formats:  # other folders, which may be large, are not looked through
+        found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+        files = {path.relative_to(folder).as_posix() for path in found}
+        others = [files - {*each.marks, *each.further} for each in formats]
+        if set() in others:
+            return
+        why = f"holds {min(others[0])} beside an export"
+    raise SegraftError(f"{folder} {why}, and all of it would be gone: choose another --out, or empty it yourself.")

@@ -21,6 +21,18 @@ MODEL, DESCRIPTION = "model.onnx", "model.json"
 INPUT, OUTPUT = "image", "logits"
 AXES = ("x", "y", "z")
 
+EXCLUSIVE = (
+    "logits, one per label in the order of labels: a voxel gets the label of the largest sigmoid if that is at least "
+    "0.5, else 0"
+)
+OVERLAPPING = (
+    "logits, one per label in the order of labels, which are regions that may overlap: a region is where its sigmoid "
+    "is at least 0.5; masks are painted with the values of regions in their order, the last above the others"
+)
+
+OF_TORCH = "pkg.torch"
+"""How the keys begin under which torch's exporter tells of itself: with stack traces, which hold paths."""
+
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 CURE = ": export another format."
@@ -78,8 +90,15 @@ def _description(finished: Finished, sizes: Sequence[int]) -> dict[str, Any]:
         "output": {
             "name": OUTPUT,
             "axes": f"batch, label, {axes}",
-            "meaning": "logits, one per label in the order of labels: a voxel gets the label of the largest sigmoid if "
-            "that is at least 0.5, else 0",
+            "meaning": EXCLUSIVE if not finished.labels.regions else OVERLAPPING,
+        },
+        "patches": {
+            "size": list(finished.preparation.patch),
+            "overlap": finished.preparation.overlap,
+            "averaged": finished.preparation.average,
+            "weights": finished.preparation.weights,
+            "windows": finished.preparation.windows,
+            "mirror_axes": list(finished.preparation.mirror_axes),
         },
     }
 
@@ -120,9 +139,24 @@ def _write(net: nn.Module, path: Path, sizes: Sequence[int], *, any_size: bool, 
     except Exception as error:  # whatever a network makes the exporter stumble over
         raise SegraftError(f"torch cannot export {type(net).__name__} to ONNX ({_in_short(error)}){CURE}") from error
     assert program is not None  # noqa: S101  as dynamo was asked for
+    _forget_the_maker(program.model)
     for name, value in description.items():
         program.model.metadata_props[name] = value if isinstance(value, str) else json.dumps(value)
     program.save(path)
+
+
+def _forget_the_maker(model: Any) -> None:
+    """Take out of an onnxscript model what torch says of how it was made, which holds paths of this machine."""
+    graphs = [model.graph, *model.functions.values()]
+    for graph in graphs:
+        nodes = list(graph.all_nodes())
+        values = [*graph.inputs, *graph.outputs, *(value for node in nodes for value in node.outputs)]
+        initializers = list(getattr(graph, "initializers", {}).values())
+        for part in (graph, *nodes, *values, *initializers):
+            kept = {key: value for key, value in part.metadata_props.items() if not key.startswith(OF_TORCH)}
+            part.metadata_props.clear()
+            part.metadata_props.update(kept)
+            part.doc_string = None
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segraft.adapters import prune
+from segraft.adapters import prune, ungraft
 from segraft.adapters.edits import BiasFactor, LowRank
 from segraft.adapters.graft import grafted_layers
 from segraft.adapters.grafted import grafts_of
@@ -58,11 +58,13 @@ def export_peft(finished: Finished, folder: Path) -> tuple[str, ...]:
     config, tensors = _config(plain, plan, finished), _tensors(plain, plan)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    beside = write_base(finished, folder)
+    notes = _notes(finished, grafted, plan, tensors)
+    base: nn.Module = ungraft(grafted)
+    beside = write_base(finished, base, folder)
     write_record(finished, folder)
-    write_readme(finished, folder, beside=beside)
-    base = f"{beside} is the base of it" if beside else f"its base is {finished.base}"
-    return (*_notes(finished, grafted, plan, tensors), f"{base}; README.md has the code that loads both.")
+    write_readme(finished, base, folder, beside=beside)
+    where = f"{beside} is the base of it" if beside else f"its base is {finished.base}"
+    return (*notes, f"{where}; README.md has the code that loads both.")
 
 
 def _config(plain: nn.Module, plan: Plan, finished: Finished) -> dict[str, Any]:
@@ -120,7 +122,7 @@ def _notes(finished: Finished, grafted: nn.Module, plan: Plan, tensors: Mapping[
     if any(edit.v is not None for edit in low_rank):
         notes.append("the gates are multiplied into PEFT's B, without the directions that are not in use.")
     higher = [name for name, factors in plan.factors.items() if factors.rank > _rank_of(grafted, name)]
-    if spec.factorisation != "lora" or higher:
+    if plan.factors and (spec.factorisation != "lora" or higher):
         size = sum(_bytes(value) for key, value in tensors.items() if key.endswith((FACTOR_A, FACTOR_B)))
         text = f"the factors ({spec.factorisation}) are multiplied out to LoRA's two ({size / 1e6:.2f} MB)"
         notes.append(text + (f"; the rank of {_told(higher)} is higher for it." if higher else "."))

@@ -1,16 +1,17 @@
 """A folder that PEFT's `save_pretrained` wrote: read without running code of it, and without PEFT."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from segraft.errors import SegraftError
 from segraft.exchange.peft_format import CONFIG, CONFIG_VALUES, PICKLE, PREFIX, RECORD, WEIGHTS
+from segraft.exchange.peft_settings import Record, Settings
 from segraft.networks.checkpoints import read_tensors
 
 READ = {*CONFIG_VALUES, "r", "lora_alpha", "target_modules"}
@@ -42,13 +43,13 @@ class PeftFolder:
         path: of it.
         config: `adapter_config.json`.
         tensors: by PEFT's keys, without their prefix.
-        record: `segraft.json`, where Segraft wrote the folder; else empty.
+        record: `segraft.json`, where Segraft wrote the folder; else nothing is known.
     """
 
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
-    record: Mapping[str, Any]
+    record: Record
 
 
 def read_peft(path: Path) -> PeftFolder:
@@ -57,8 +58,10 @@ def read_peft(path: Path) -> PeftFolder:
     Raises:
         SegraftError: it lacks a file, or is of a method or with a setting that Segraft has no counterpart of.
     """
-    config, record = _json(path / CONFIG), _json(path / RECORD) if (path / RECORD).is_file() else {}
+    config = _json(path / CONFIG)
     _check(config, path / CONFIG)
+    config = Settings.of(config, path / CONFIG)
+    record = Record.of(_json(path / RECORD), path / RECORD) if (path / RECORD).is_file() else Record()
     file = next((path / name for name in (WEIGHTS, PICKLE) if (path / name).is_file()), None)
     if file is None:
         raise SegraftError(f"{path} holds no {WEIGHTS}: give the folder that save_pretrained wrote.")
@@ -69,6 +72,9 @@ def read_peft(path: Path) -> PeftFolder:
             f"{file} holds no tensors under the keys that PEFT gives them ({PREFIX}…, but "
             f"{min(strange, default='none')}): save the adapter with save_pretrained."
         )
+    for key, value in tensors.items():
+        if value.is_complex() or not bool(torch.isfinite(value).all()):
+            raise SegraftError(f"{file} holds {key}, whose values are not all finite numbers: train the adapter again.")
     return PeftFolder(path, config, {key.removeprefix(PREFIX): value for key, value in tensors.items()}, record)
 
 
@@ -101,7 +107,3 @@ def _check(config: Mapping[str, Any], path: Path) -> None:
                 f"{path}: Segraft has no counterpart of {name} = {json.dumps(value)}: merge the adapter into its base "
                 "in PEFT, and import the weights."
             )
-    numbers = {name: config.get(name) for name in ("r", "lora_alpha")}
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise SegraftError(f"{path}: {name} is {value!r}, and must be a number above zero.")

@@ -1,6 +1,5 @@
 """What lies beside an adapter in PEFT's format: how to load it, its base where that is no file of its own, its task."""
 
-import inspect
 import json
 import os
 from pathlib import Path
@@ -8,12 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from segraft.adapters import fingerprint, ungraft
+from segraft.adapters import fingerprint
 from segraft.errors import SegraftError
 from segraft.exchange.formats import Finished
 from segraft.exchange.peft_format import CONFIG, FACTOR_A, RECORD, WEIGHTS
-from segraft.networks import NETWORKS, read_base
+from segraft.networks import NETWORKS, read_base, save_base
+from segraft.networks.bases import CHANNELS
 from segraft.networks.checkpoints import read_tensors
+from segraft.networks.heads import Outputs
+from segraft.networks.registry import constructor
 
 BASE = "base_model.safetensors"
 
@@ -36,16 +38,37 @@ An adapter of Segraft {version} in the format of [PEFT](https://github.com/huggi
 """
 
 
-def write_base(finished: Finished, folder: Path) -> str | None:
-    """The base as a plain state dict, unless the file of the base is that already; its name."""
-    from safetensors.torch import save_file
+def write_base(finished: Finished, base: nn.Module, folder: Path) -> str | None:
+    """The base for the adapter's labels and channels, unless the file of the base is that already; its name.
 
+    It is a base file of Segraft's, whose tensors are the plain state dict.
+    """
     if _is_plain(finished):
         return None
-    base: nn.Module = ungraft(finished.grafted())
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in base.state_dict().items()}
-    save_file(tensors, folder / BASE, metadata={"format": "pt"})
+    network, arguments = _built_as(finished, base)
+    outputs = Outputs.of(finished.header.record["base"])
+    record = _task(finished)
+    if outputs is not None and outputs.new:
+        record["untrained"] = {"outputs": list(outputs.new), "parts": []}
+    written = save_base(base, folder, network=network, arguments=arguments, record=record)
+    written.path.rename(folder / BASE)
     return BASE
+
+
+def _built_as(finished: Finished, base: nn.Module) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of the network, for the adapter's labels and channels, which may be others than the base's."""
+    from segraft.networks.swin import merges_as_before, named_as_before
+
+    channels = {"in_channels": len(finished.channels), "out_channels": len(finished.labels)}
+    arguments = {**finished.arguments, **channels}
+    return (
+        named_as_before(base, finished.network, arguments) if merges_as_before(base) else (finished.network, arguments)
+    )
+
+
+def _task(finished: Finished) -> dict[str, Any]:
+    record = finished.header.record
+    return {name: record[name] for name in TASK if name in record}
 
 
 def _is_plain(finished: Finished) -> bool:
@@ -58,21 +81,17 @@ def _is_plain(finished: Finished) -> bool:
 
 def write_record(finished: Finished, folder: Path) -> None:
     """`segraft.json`."""
-    record = finished.header.record
-    written: dict[str, Any] = {
-        "base": {
-            "network": finished.network,
-            "arguments": dict(finished.arguments),
-            "fingerprint": finished.header.fingerprint,
-        },
-        **{name: record[name] for name in TASK if name in record},
+    described = finished.header.record["base"]
+    written = {
+        "base": {name: described[name] for name in described if name != "path"}
+        | {"fingerprint": finished.header.fingerprint},
+        **_task(finished),
     }
     (folder / RECORD).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
-def write_readme(finished: Finished, folder: Path, *, beside: str | None) -> None:
+def write_readme(finished: Finished, base: nn.Module, folder: Path, *, beside: str | None) -> None:
     """`README.md`, with the code that loads both."""
-    base = ungraft(finished.grafted())
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     tensors = read_tensors(folder / WEIGHTS)
     factors, saved = sum(key.endswith(FACTOR_A) for key in tensors), len(config["modules_to_save"] or ())
@@ -125,13 +144,10 @@ def _seen_from(folder: Path, path: Path) -> str:
 
 def _class_of(finished: Finished, base: nn.Module) -> tuple[str, str, dict[str, Any]]:
     """Where the class of the network is, its name, and the arguments that it is built with."""
-    from segraft.networks.swin import PATH, merges_as_before
-
-    entry = NETWORKS.get(finished.network)
-    arguments = {**({} if entry is None else entry.arguments), **finished.arguments}
-    factory: Any = PATH if merges_as_before(base) else type(base)
-    if isinstance(factory, str):
-        module, _, name = factory.partition(":")
-        return module, name, arguments
-    accepted = inspect.signature(factory).parameters
-    return factory.__module__, factory.__qualname__, {key: arguments[key] for key in arguments if key in accepted}
+    network, arguments = _built_as(finished, base)
+    channels = {name: arguments.pop(name) for name in CHANNELS}
+    factory, given = constructor(network, **channels, arguments=arguments)
+    entry = NETWORKS.get(network)
+    path = network if entry is None else entry.factory
+    module, _, name = path.partition(":") if isinstance(path, str) else (factory.__module__, "", factory.__qualname__)
+    return module, name, given

@@ -140,15 +140,11 @@ class BaseSource:
         names = self.channels or opened.channels
         inputs, notes = settle_inputs(len(opened.channels), names, cohort, self.inputs, f"the base {self.base}")
         arguments = {**opened.arguments, "out_channels": len(labels)}
-<<<<<<< HEAD
         outputs = self.labels or opened.outputs
         loaded = self._with_weights(opened.network, arguments, opened.weights, labels, outputs, fresh, inputs)
         preparation = prepared_for(opened.preparation, inputs)
-        return replace(loaded, preparation=preparation, notes=(*opened.notes, *notes, *loaded.notes))
-=======
-        loaded = self._with_weights(opened.network, arguments, opened.weights, labels, opened.outputs)
-        return replace(loaded, preparation=opened.preparation, notes=(*opened.unlike, *opened.notes, *loaded.notes))
->>>>>>> mendbundle
+        said = (*opened.unlike, *opened.notes, *notes, *loaded.notes)
+        return replace(loaded, preparation=preparation, notes=said)
 
     def _refuse_what_it_has(self) -> None:
         if self.arguments:

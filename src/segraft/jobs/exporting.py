@@ -9,9 +9,9 @@ from segraft import adapters
 from segraft.adapters import read_header
 from segraft.atomic import replacing_folder
 from segraft.errors import SegraftError
-from segraft.exchange.formats import Finished, exporter
+from segraft.exchange.formats import Finished, exporter, require_replaceable
 from segraft.jobs.locating import file_in, holds_base
-from segraft.jobs.model import base_file_of, image_channels, load_base_of, load_model
+from segraft.jobs.model import base_file_of, image_channels, load_base_of, task_of
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,34 @@ def export(
         out: folder to write to.
         format: a key of `segraft.exchange.formats.FORMATS`.
         base: where the base is, if it is no longer where it was when the adapter was trained.
-        overwrite: replace a folder that is there.
+        overwrite: replace a folder that an earlier export wrote.
 
     Raises:
-        SegraftError: the format cannot express the adapter, its base is not found, or the folder is there already;
-            nothing is written then.
+        SegraftError: the format cannot express the adapter, its base is not found, or the folder is there already, or
+            is none that may be replaced; nothing is written then.
     """
     write, out = exporter(format), Path(out)
     if out.exists() and not (overwrite or (out.is_dir() and not any(out.iterdir()))):
         raise SegraftError(f"{out} exists: choose another --out, or pass --overwrite.")
+    require_replaceable(out)
     finished = finished_adapter(adapter, base)
+    _keep(finished, out)
     with replacing_folder(out) as aside:
         notes = write(finished, aside)
     return Exported(out, tuple(sorted(path for path in out.rglob("*") if path.is_file())), notes)
+
+
+def _keep(finished: Finished, out: Path) -> None:
+    """Refuse to replace the folder that one is in, or one that holds what is exported.
+
+    Raises:
+        SegraftError: naming it.
+    """
+    for what, path in (("the adapter", finished.source), ("its base", finished.base)):
+        if any(each.is_relative_to(out.resolve()) for each in (path.absolute(), path.resolve())):
+            raise SegraftError(f"{out} holds {what} {path}, which would be gone: choose another --out.")
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise SegraftError(f"{out} is, or holds, the folder that the command runs in: name another with --out.")
 
 
 def finished_adapter(adapter: str | Path, base: str | Path | None = None) -> Finished:
@@ -63,8 +78,9 @@ def finished_adapter(adapter: str | Path, base: str | Path | None = None) -> Fin
     if holds_base(path):
         raise SegraftError(f"{path} is a base, and only adapters are exported: adapt it first.")
     header = read_header(path)
-    model = load_model(path, base=base)
+    found = base_file_of(header, base)
     described = header.record["base"]
+    model = task_of(path, header.record, image_channels(described))
     channels = {"in_channels": image_channels(described), "out_channels": len(model.labels)}
 
     def grafted() -> nn.Module:
@@ -85,7 +101,7 @@ def finished_adapter(adapter: str | Path, base: str | Path | None = None) -> Fin
     return Finished(
         source=path,
         header=header,
-        base=base_file_of(header, base),
+        base=found,
         network=described["network"],
         arguments=described["arguments"] | channels,
         labels=model.labels,

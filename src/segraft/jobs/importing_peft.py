@@ -6,22 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from segraft import adapters
-from segraft.adapters import ParameterTable, parameter_table
-from segraft.data.labels import Labels
+from segraft._version import __version__
+from segraft.adapters import AdapterHeader, AdapterSpec, ParameterTable, parameter_table
+from segraft.data.channels import numbered
+from segraft.data.cohort import Cohort
 from segraft.data.preparation import Preparation
 from segraft.data.scan_preparation import recorded_preparation
 from segraft.errors import SegraftError
 from segraft.exchange.opening import open_base, scheme_of
 from segraft.exchange.peft_folder import PeftFolder, read_peft
+from segraft.exchange.peft_format import RECORD
 from segraft.exchange.peft_import import graft_peft
-from segraft.jobs.adapting import LoadedBase, relative_to
-from segraft.jobs.cases import Served
-from segraft.jobs.locating import ADAPTER_FILE
-from segraft.jobs.model import build_from_start, task_record
+from segraft.exchange.peft_settings import RecordedBase
+from segraft.jobs.adapting import BaseSource, LoadedBase, relative_to
+from segraft.jobs.locating import ADAPTER_FILE, holds_base
+from segraft.jobs.model import base_file_of, load_base_of, task_record
 from segraft.jobs.preparing import check_network, checked
 from segraft.jobs.run_folder import versions
-from segraft.networks import load_base, load_checkpoint, read_base
-from segraft.networks.encoder_files import require_segmenting
+from segraft.networks import read_base
+from segraft.networks.bases import FILE_NAME
+from segraft.networks.heads import Outputs, find_head
 
 
 @dataclass(frozen=True)
@@ -62,16 +66,19 @@ def import_peft(
     if path.exists() and not overwrite:
         raise SegraftError(f"{path} exists: choose another --out, or pass --overwrite.")
     read = read_peft(folder)
-    loaded, task = _base(base)
-    wanted = read.record.get("base", {}).get("fingerprint")
+    loaded, task = _base(base, read)
+    _keep(path, folder, loaded)
+    wanted = None if read.record.base is None else read.record.base.fingerprint
     ours = adapters.fingerprint(loaded.net)
     if wanted is not None and wanted != ours:
         raise SegraftError(
-            f"{folder} was written for a base with fingerprint {str(wanted)[:16]}, and {base} has {ours[:16]}: use the "
+            f"{folder} was written for a base with fingerprint {wanted[:16]}, and {base} has {ours[:16]}: use the "
             "base that it was trained on."
         )
-    task |= {name: value for name, value in read.record.items() if name != "base"}
-    record = _task(task, labels, preparation, loaded, base)
+    if read.record.labels:
+        task.pop("regions", None)
+    task |= read.record.task()
+    record = _task(task, labels, preparation, loaded, base, folder)
     graft_peft(loaded.net, read)
     loaded.require_training(tuple(record["labels"].values()))
     described = loaded.described | {"path": relative_to(Path(loaded.described["path"]), path.parent)}
@@ -86,29 +93,70 @@ def import_peft(
     return ImportedAdapter(path, names, parameter_table(loaded.net), (*loaded.notes, *_notes(read, wanted)))
 
 
-def _base(base: str | Path) -> tuple[LoadedBase, dict[str, Any]]:
-    """The base, and what it says of its task."""
+def _keep(path: Path, folder: Path, loaded: LoadedBase) -> None:
+    """Refuse to write over a base, or over what is imported.
+
+    Raises:
+        SegraftError: naming it.
+    """
+    kept = (Path(loaded.described["path"]), *folder.iterdir())
+    if path.exists() and (holds_base(path) or any(each.exists() and path.samefile(each) for each in kept)):
+        raise SegraftError(f"{path} is a base, or of what is imported, and would be gone: choose another --out.")
+
+
+def _base(base: str | Path, read: PeftFolder) -> tuple[LoadedBase, dict[str, Any]]:
+    """The base as the adapter knows it, and what it says of its task.
+
+    Segraft's own folders say how that is made of the base: with other outputs or channels, or as weights of a network.
+    """
+    recorded = read.record.base
+    if recorded is not None and not _is_as_recorded(base, recorded):
+        return _rebuilt(base, read, recorded), {}
     if scheme_of(base):
         opened = open_base(base)
-        names = tuple(opened.labels.values())
-        arguments = {**opened.arguments, "out_channels": len(names)}
-        net = build_from_start(opened.network, arguments)
-        loaded = load_checkpoint(net, opened.weights, labels=names, names=opened.outputs)
-        described = {"network": opened.network, "arguments": arguments, "path": str(opened.weights)}
-        described |= {} if loaded.outputs is None else loaded.outputs.record()
         task = task_record(opened.labels, opened.preparation or Preparation(), opened.channels)
         if opened.preparation is None:
             del task["preparation"]
-        notes = (*opened.unlike, *opened.notes, *loaded.notes(names))
-        return LoadedBase(net, described, opened.preparation, Served(), frozenset(), loaded.untrained, notes), task
+        return BaseSource(base).load(opened.labels, _images(Path(str(base)), opened.channels)), task
     info = read_base(base)
-    require_segmenting(info.path, info.record)
-    net, info = load_base(info.path)
-    described = {"network": info.network, "arguments": info.arguments, "path": str(info.path)}
-    untrained = info.record.get("untrained", {})
     task = {name: info.record[name] for name in ("labels", "regions", "channels", "preparation") if name in info.record}
-    new = frozenset(untrained.get("outputs", ()))
-    return LoadedBase(net, described, None, Served(), new, tuple(untrained.get("parts", ())), ()), task
+    takes, count = info.arguments["in_channels"], info.arguments["out_channels"]
+    channels = tuple(task.get("channels") or (numbered(takes) if takes > 1 else ("",)))
+    named = {int(value): str(name) for value, name in task.get("labels", {}).items()}
+    outputs = named if len(named) == count else {place: f"output {place}" for place in range(1, count + 1)}
+    return BaseSource(base).load(outputs, _images(info.path, channels)), task
+
+
+def _is_as_recorded(base: str | Path, recorded: RecordedBase) -> bool:
+    """Whether a base file is the adapter's base as it is; also where there is none, which reading it will tell."""
+    if scheme_of(base):
+        return False
+    path = Path(base) / FILE_NAME if Path(base).is_dir() else Path(base)
+    return not path.is_file() or (holds_base(path) and read_base(path).fingerprint == recorded.fingerprint)
+
+
+def _rebuilt(base: str | Path, read: PeftFolder, recorded: RecordedBase) -> LoadedBase:
+    """The base as whoever reads the adapter file will make it again."""
+    described = recorded.described() | {"path": str(base)}
+    header = AdapterHeader(
+        read.path / RECORD, AdapterSpec("none"), recorded.fingerprint, {"base": described}, __version__, {}, {}
+    )
+    described["path"] = str(base_file_of(header, base))
+    try:
+        net, served = load_base_of(header, described["path"])
+    except (IndexError, KeyError) as error:
+        raise SegraftError(
+            f"{header.path} takes outputs or channels of the base that {base} has not: is it the base that the adapter "
+            "was trained on?"
+        ) from error
+    outputs = Outputs.of(described)
+    new = frozenset(() if outputs is None else outputs.new)
+    return LoadedBase(net, described, None, served, new, (), ())
+
+
+def _images(path: Path, channels: Sequence[str]) -> Cohort:
+    """Stands for the images that the adapter is for: those of the base."""
+    return Cohort("", path, {}, tuple(channels), ())
 
 
 def _task(
@@ -117,6 +165,7 @@ def _task(
     preparation: Preparation | Mapping[str, Any] | None,
     loaded: LoadedBase,
     base: str | Path,
+    folder: Path,
 ) -> dict[str, Any]:
     """Labels, channels and preparation, for the adapter's record.
 
@@ -139,9 +188,26 @@ def _task(
             "--spacing, --window, …)."
         )
     settled = recorded_preparation(task["preparation"], Path(base))
-    names = Labels({int(value): name for value, name in task["labels"].items()})
-    check_network(loaded.net, settled.patch, len(names), loaded.described["arguments"].get("in_channels", 1))
+    channels = _channels(loaded.described)
+    if len(task.get("channels") or ("",) * channels) != channels:
+        raise SegraftError(
+            f"{folder / RECORD} names {len(task['channels'])} channels ({', '.join(task['channels'])}), and {base} "
+            f"takes {channels}: is it the base that the adapter was trained on?"
+        )
+    head = find_head(loaded.net)
+    if head is not None and not labels and head.outputs != len(task["labels"]):
+        raise SegraftError(
+            f"{folder / RECORD} names {len(task['labels'])} labels, and {base} has {head.outputs} outputs: is it the "
+            "base that the adapter was trained on?"
+        )
+    check_network(loaded.net, settled.patch, len(task["labels"]), channels)
     return task
+
+
+def _channels(described: Mapping[str, Any]) -> int:
+    """How many channels the images have: those of the base, unless its inputs were exchanged."""
+    inputs = described.get("inputs")
+    return int(described["arguments"].get("in_channels", 1)) if inputs is None else len(inputs["channels"])
 
 
 def _notes(read: PeftFolder, wanted: object) -> list[str]:

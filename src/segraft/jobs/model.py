@@ -374,15 +374,26 @@ def _untrained(record: Mapping[str, Any]) -> list[str]:
     return [*untrained.get("parts", ()), *([f"the outputs {', '.join(outputs)}"] if outputs else [])]
 
 
-def _model(
-    net: nn.Module,
-    path: Path,
-    record: Mapping[str, Any],
-    channels: int,
-    *,
-    adapted_on: Served,
-    pretrained_on: Served,
-) -> Model:
+@dataclass(frozen=True)
+class Task:
+    """What a file's record says that its network segments, and on what images."""
+
+    labels: Labels
+    preparation: ScanPreparation
+    channels: tuple[str, ...]
+
+
+def task_of(path: Path, record: Mapping[str, Any], channels: int) -> Task:
+    """The task that a file has recorded.
+
+    Args:
+        path: of the file.
+        record: of it.
+        channels: of the images.
+
+    Raises:
+        SegraftError: it does not say what it segments, or how scans are prepared.
+    """
     try:
         covers = {int(value): tuple(map(int, values)) for value, values in record.get("regions", {}).items()}
         labels = Labels({int(value): str(name) for value, name in record["labels"].items()}, covers)
@@ -399,4 +410,17 @@ def _model(
         ) from error
     preparation = recorded_preparation(recorded, path)
     names = tuple(record.get("channels") or (numbered(channels) if channels > 1 else ("",)))
-    return Model(net.eval(), labels, preparation, adapted_on, pretrained_on, path, names)
+    return Task(labels, preparation, names)
+
+
+def _model(
+    net: nn.Module,
+    path: Path,
+    record: Mapping[str, Any],
+    channels: int,
+    *,
+    adapted_on: Served,
+    pretrained_on: Served,
+) -> Model:
+    task = task_of(path, record, channels)
+    return Model(net.eval(), task.labels, task.preparation, adapted_on, pretrained_on, path, task.channels)

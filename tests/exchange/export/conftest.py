@@ -1,6 +1,6 @@
 """Finished adapters of tiny networks, made without training: factors, and what is trained whole, at random."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ def make(tmp_path: Path) -> Callable[..., Made]:
         spec: AdapterSpec | None = None,
         *,
         labels: tuple[str, ...] = ("core", "rim"),
+        regions: Mapping[int, tuple[int, ...]] | None = None,
         channels: int = 1,
         patch: tuple[int, ...] | None = None,
         change: Callable[[nn.Module], None] | None = None,
@@ -89,7 +90,9 @@ def make(tmp_path: Path) -> Callable[..., Made]:
         settled = {"in_channels": channels, "out_channels": len(labels), **small, **arguments}
         spec = spec or AdapterSpec("dora_c", rank=2)
         preparation = Preparation(spacing=(1.0, 1.0, 2.0), intensity=Window(low=-50, high=150), patch=patch)
-        record = task_record(Labels(dict(enumerate(labels, start=1))), preparation, [f"C{n}" for n in range(channels)])
+        record = task_record(
+            Labels(dict(enumerate(labels, start=1)), regions or {}), preparation, [f"C{n}" for n in range(channels)]
+        )
         base = save_base(
             build_from_start(path, settled), tmp_path / "base", network=path, arguments=settled, record=record
         )

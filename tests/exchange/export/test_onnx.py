@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -157,3 +158,24 @@ def test_masks_come_out_as_from_segraft(make, tmp_path):
 
     assert np.array_equal(mask, label_map(torch.sigmoid(made.logits()[0]), (1, 2)).numpy())
     assert set(np.unique(mask)) > {0}
+
+
+@pytest.mark.parametrize("network", ["unet", "swin_unetr"])
+def test_nothing_tells_of_the_makers_disk(make, tmp_path, network):
+    """Neither paths of sources, which torch's stack traces hold, nor of files."""
+    made = make(network)
+    export(made.path, tmp_path / "out", format="onnx")
+    for file in ("model.onnx", "model.json"):
+        written = (tmp_path / "out" / file).read_bytes()
+        for said in (str(tmp_path), sys.prefix, str(Path(onnx_export.__file__).parents[2]), ".py", "stack_trace"):
+            assert said.encode() not in written, said
+
+
+def test_regions_are_painted(make, tmp_path):
+    made = make("unet3d", regions={2: (1, 2), 1: (1,)}, labels=("core", "whole"))
+    export(made.path, tmp_path / "out", format="onnx")
+    told = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert told["regions"] == {"2": [1, 2], "1": [1]}
+    assert list(told["regions"]) == ["2", "1"]  # the order of painting
+    assert "painted" in told["output"]["meaning"]
+    assert "else 0" not in told["output"]["meaning"]

@@ -281,7 +281,7 @@ def change_config(folder, **settings):
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x"), "not a readable safetensors"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "not readable as JSON"),
         (lambda folder: (folder / "adapter_config.json").write_text("[]"), "holds no JSON object"),
-        (lambda folder: change_config(folder, r=0), "r is 0, and must be a number above zero"),
+        (lambda folder: change_config(folder, r=0), "r is 0, and should be greater than 0"),
         (lambda folder: change_config(folder, lora_alpha="much"), "lora_alpha is 'much'"),
         (lambda folder: change_config(folder, r=4), "whose rank is 4"),
         (lambda folder: change_config(folder, use_dora=True), "do not agree on DoRA"),
