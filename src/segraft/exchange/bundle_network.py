@@ -11,6 +11,7 @@ from segraft.networks.heads import find_head
 from segraft.networks.outputs import PATH as ON_TOP
 from segraft.networks.outputs import exchangeable
 from segraft.networks.registry import outline
+from segraft.networks.trusted import require_trusted
 
 NETWORK = ("network_def", "network", "net", "model")
 """Where a configuration may have it."""
@@ -55,7 +56,7 @@ def network_of(config: Config, metadata: Mapping[str, Any]) -> BundleNetwork:
     """The network that a configuration describes.
 
     Raises:
-        SegraftError: it cannot be told without running something.
+        SegraftError: it cannot be told without running something, or is not one that a file may name.
     """
     definition = _definition(config)
     target = str(definition["_target_"])
@@ -75,6 +76,7 @@ def network_of(config: Config, metadata: Mapping[str, Any]) -> BundleNetwork:
             "weights without those heads."
         )
     channels = _channels(config, short, arguments, metadata)
+    require_trusted(path, arguments, config.path)
     return BundleNetwork(path, {**arguments, **channels}, tuple(notes))
 
 

@@ -29,6 +29,7 @@ from segraft.networks.checkpoints import output_notes
 from segraft.networks.encoder_files import require_segmenting, with_sizes
 from segraft.networks.heads import Outputs, match_outputs, require_head, untrained_outputs
 from segraft.networks.starting import own_prefixes, trained_by, untrained_notes
+from segraft.networks.trusted import trust_asked
 from segraft.structures import same_name
 from segraft.training.distributed import Team
 from segraft.training.fit import Fit, check_device, check_precision, fit
@@ -167,6 +168,7 @@ class BaseSource:
         channels = cohort.channels
         arguments = {"in_channels": len(channels), "out_channels": len(labels), **(self.arguments or {})}
         require_same_channels(arguments["in_channels"], channels, f"the network {self.base}", str(cohort.path))
+        trust_asked(str(self.base))
         arguments, notes = with_sizes(str(self.base), arguments, weights)
         loaded = self._with_weights(str(self.base), arguments, weights, labels, self.labels)
         return replace(loaded, notes=(*notes, *loaded.notes))

@@ -29,6 +29,7 @@ from segraft.networks import Base, Loaded, build, load_base, load_checkpoint, re
 from segraft.networks.bases import FILE_NAME
 from segraft.networks.encoder_files import holds_encoder, require_segmenting
 from segraft.networks.heads import START_SEED, Outputs, PickedOutputs, take_outputs
+from segraft.networks.trusted import require_trusted
 from segraft.training.fit import check_device, check_precision
 
 
@@ -217,13 +218,15 @@ def load_base_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> 
     """The base that an adapter was trained on, and the images that trained the base.
 
     Raises:
-        SegraftError: the adapter file does not say what it is, or the base is not found.
+        SegraftError: the adapter file does not say what it is, the base is not found, or its network is not one that
+            a file may name.
     """
     where, described = base_file_of(header, base), header.record["base"]
     outputs = Outputs.of(described)
     if _is_base_itself(where, described):
         net, info = load_base(where)
         return with_outputs(net, info, outputs), Served.of(info.record)
+    require_trusted(described["network"], described["arguments"], header.path)
     net = build_from_start(described["network"], described["arguments"])
     load_checkpoint(net, where, outputs=outputs)
     return net.eval(), Served.by_weights(where)

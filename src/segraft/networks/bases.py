@@ -18,6 +18,7 @@ from segraft.atomic import replacing
 from segraft.errors import SegraftError
 from segraft.networks.checkpoints import load_weights
 from segraft.networks.registry import build
+from segraft.networks.trusted import require_trusted
 
 FILE_NAME = "base.safetensors"
 FORMAT = 1
@@ -117,10 +118,11 @@ def load_base(path: str | os.PathLike[str]) -> tuple[nn.Module, Base]:
     """Build the network of a base file and load its weights.
 
     Raises:
-        SegraftError: as `read_base`; the network cannot be built; the weights do not fit, or are not those whose
-            fingerprint the file shows.
+        SegraftError: as `read_base`; the network is not one that a file may name, or cannot be built; the weights do
+            not fit, or are not those whose fingerprint the file shows.
     """
     base = read_base(path)
+    require_trusted(base.network, base.arguments, base.path)
     arguments = dict(base.arguments)
     channels = {name: arguments.pop(name) for name in CHANNELS}
     net = build(base.network, **channels, arguments=arguments)
