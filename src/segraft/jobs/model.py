@@ -232,6 +232,30 @@ def load_base_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> 
     return net.eval(), Served.by_weights(where)
 
 
+def require_base_of(header: AdapterHeader, path: Path) -> None:
+    """Refuse a file that is not the base that an adapter was trained on.
+
+    Where the adapter took the base as it is, the headers tell; else the base is built as the adapter's record says.
+
+    Args:
+        header: of the adapter.
+        path: of a base file.
+
+    Raises:
+        SegraftError: it is another, or cannot be built; the adapter does not say what its base is.
+    """
+    described = header.record["base"] if base_file_of(header, path) else {}
+    if Outputs.of(described) is None and _is_base_itself(path, described):
+        found = read_base(path).fingerprint
+    else:
+        found = adapters.fingerprint(load_base_of(header, path)[0])
+    if found != header.fingerprint:
+        raise adapters.BaseMismatchError(
+            f"the adapter was trained on a base with fingerprint {header.fingerprint[:16]}, and that of {path} is "
+            f"{found[:16]}: get the base that it was trained on."
+        )
+
+
 def _is_base_itself(path: Path, described: Mapping[str, Any]) -> bool:
     """Whether a file is the base that an adapter's record describes, and not weights that another network was given."""
     if path.name != FILE_NAME and not holds_base(path):
