@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from segraft import adapters
-from segraft.adapters import AdapterHeader, read_header
+from segraft.adapters import AdapterHeader
 from segraft.data.channels import Files, Scan, numbered, plain
 from segraft.data.checks import check_scan, require_channels
 from segraft.data.cohort import Case
@@ -23,7 +23,7 @@ from segraft.errors import SegraftError
 from segraft.exchange.opening import open_base, require_no_fold, scheme_of
 from segraft.inference import AVERAGING, label_map, sliding_scores
 from segraft.jobs.cases import Served
-from segraft.jobs.locating import file_in, holds_base
+from segraft.jobs.locating import file_in, holds_base, read_adapter
 from segraft.jobs.preparing import require_same_channels, takes_missing_channels
 from segraft.networks import Base, Loaded, build, load_base, load_checkpoint, read_base
 from segraft.networks.bases import FILE_NAME
@@ -187,7 +187,7 @@ def load_model(
         return _model(net, path, record, channels, adapted_on=Served(), pretrained_on=Served.of(record))
     if holds_base(path):
         raise SegraftError(f"{path} is a base, not an adapter: give the adapter file, or name the base {FILE_NAME}.")
-    header = read_header(path)
+    header = read_adapter(path)
     net, pretrained_on = load_base_of(header, base)
     adapters.load(net, path)
     if header.spec.channels == 1:  # else there is not one weight to merge into
@@ -265,8 +265,13 @@ def _is_base_itself(path: Path, described: Mapping[str, Any]) -> bool:
     return not holds_encoder(info.record) and (info.network, info.arguments) == built
 
 
-def base_file_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> Path:
+def base_file_of(header: AdapterHeader, base: str | os.PathLike[str] | None, *, option: str = "--base") -> Path:
     """The file that the weights of an adapter's base are in.
+
+    Args:
+        header: of the adapter.
+        base: where it is, if not where the adapter's record says.
+        option: of the command by which a user says so, for the message.
 
     Raises:
         SegraftError: the adapter file does not say what its base is, or it is not found.
@@ -283,7 +288,7 @@ def base_file_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> 
     if where.is_dir():
         where /= FILE_NAME
     if not where.is_file():
-        raise SegraftError(f"the base of {header.path} is not at {where}: say where it is with --base.")
+        raise SegraftError(f"the base of {header.path} is not at {where}: say where it is with {option}.")
     return where
 
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segraft.adapters import AdapterHeader, read_header
+from segraft.adapters import AdapterHeader
 from segraft.atomic import replacing
 from segraft.errors import SegraftError
 from segraft.exchange import hub
+from segraft.exchange.front_matter import front_matter
 from segraft.exchange.hub import CARD
-from segraft.exchange.model_card import front_matter
-from segraft.jobs.locating import ADAPTER_FILE
+from segraft.jobs.locating import ADAPTER_FILE, read_adapter
 from segraft.jobs.model import require_base_of
 from segraft.networks import Base, read_base
 from segraft.networks.bases import FILE_NAME
@@ -135,7 +135,7 @@ def _require_no_other_adapter(out: Path, path: Path) -> None:
     if not beside.exists():
         return
     try:
-        require_base_of(read_header(beside), path)
+        require_base_of(read_adapter(beside), path)
     except SegraftError as error:
         raise SegraftError(
             f"nothing was written, as {beside} is there, an adapter of another base: choose another --out."
@@ -200,7 +200,7 @@ def _checked(there: hub.Repository, name: str, path: Path) -> AdapterHeader | Ba
         SegraftError: it is not what its name says.
     """
     try:
-        return read_base(path) if name == FILE_NAME else read_header(path)
+        return read_base(path) if name == FILE_NAME else read_adapter(path)
     except SegraftError as error:
         reason = str(error).replace(str(path), name)
         raise SegraftError(f"nothing was written, as {name} of {there.name} cannot be used: {reason}") from error
@@ -238,6 +238,6 @@ def _base_elsewhere(
 
 
 def _described(header: AdapterHeader) -> dict[str, Any]:
-    """What an adapter says of its base; a file of others may say anything."""
-    base = header.record.get("base")
-    return base if isinstance(base, dict) else {}
+    """What an adapter says of its base."""
+    base: dict[str, Any] = header.record.get("base", {})
+    return base
