@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -76,7 +76,8 @@ def push(
             trained, of `SMALL` bytes at most, and `base` names no repository.
         base_path: where that base is, if it was moved.
         license: as the Hub calls it (`apache-2.0`); None: as the page there says, or none.
-        cases: False: the ids of the cases that trained it become numbers, and their data set has no name.
+        cases: False: the ids of the cases that trained it become numbers, and their data set and files of weights have
+            no names.
         digests: False: nothing of them is left.
         dry_run: send nothing.
         bars: show the progress of what is sent.
@@ -109,7 +110,11 @@ def push(
             evaluation=summary,
             metadata=metadata_of_others(page, OURS),
         )
-        card = None if by_hand(page) else _card(header, published)
+        sent = header_of(files[_name(header)]).record
+        told_of = replace(
+            header, record=sent | {"cases": header.record.get("cases", {})}
+        )  # of which it tells the number
+        card = None if by_hand(page) else _card(told_of, published)
         if card is None:
             notes.append(f"{CARD} of {repository} was written or changed by hand, and stays as it is there.")
         else:
@@ -230,6 +235,11 @@ def _files(
             notes.append(
                 f"{name} holds numbers for the ids of its {len(ids)} cases and no name of their data set; digests of "
                 "their images stay, by which whoever has one can tell that it served: --without-digests drops them."
+            )
+        weights = record.get("imported", {}).get("weights")
+        if weights is not None:
+            notes.append(
+                f"{name} says that the file its weights are from was called {weights}: --without-cases leaves that out."
             )
     if not digests:
         notes.append("without digests, nothing keeps the cases that trained a file from being evaluated on.")
