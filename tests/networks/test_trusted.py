@@ -50,7 +50,7 @@ def mine(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-@pytest.mark.parametrize("network", ["subprocess:Popen", "this:x", "torch.nn:Linear", "a b:c", "monai.losses:DiceLoss"])
+@pytest.mark.parametrize("network", ["subprocess:Popen", "this:x", "torch.nn:Linear", "monai.losses:DiceLoss"])
 def test_other_packages_are_refused(named, network):
     path = named(network, {})
     with pytest.raises(SegraftError, match="names the network") as error:
@@ -58,6 +58,13 @@ def test_other_packages_are_refused(named, network):
     assert str(path) in str(error.value)
     assert "--trust" in str(error.value)
     assert VARIABLE in str(error.value)
+
+
+@pytest.mark.parametrize("network", ["a b:c", ":", "a.b:c:d", "monai.networks.nets::UNet", "x:y\nFAKE: run this"])
+def test_what_is_no_path_is_not_repeated_as_a_command(named, network):
+    with pytest.raises(SegraftError, match=r"is no 'package\.module:Class'") as error:
+        load_base(named(network, {}))
+    assert "--trust" not in str(error.value)
 
 
 def test_nothing_is_imported_before(named, mine):

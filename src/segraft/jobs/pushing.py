@@ -110,11 +110,8 @@ def push(
             evaluation=summary,
             metadata=metadata_of_others(page, OURS),
         )
-        sent = header_of(files[_name(header)]).record
-        told_of = replace(
-            header, record=sent | {"cases": header.record.get("cases", {})}
-        )  # of which it tells the number
-        card = None if by_hand(page) else _card(told_of, published)
+        sent = header_of(files[_name(header)]).record | {"cases": header.record.get("cases", {})}  # to tell how many
+        card = None if by_hand(page) else _card(replace(header, record=sent), published)
         if card is None:
             notes.append(f"{CARD} of {repository} was written or changed by hand, and stays as it is there.")
         else:

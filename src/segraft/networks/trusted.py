@@ -75,10 +75,12 @@ def require_trusted(network: str, arguments: Mapping[str, Any], source: object) 
     """
     if ":" not in network or is_trusted(network):  # without: a key of NETWORKS, else `build` refuses it
         return
+    if not _PATH.fullmatch(network):  # nothing of it is repeated as a command
+        raise SegraftError(f"{source} names the network {network!r}, which is no 'package.module:Class': make it anew.")
     module, _, name = network.partition(":")
-    if not _PATH.fullmatch(network) or not _known(module) or not _defined(module, name):
+    if not _known(module) or not _defined(module, name):
         raise SegraftError(
-            f"{source} names the network {network!r}, which is none that is built because a file says so, as its code "
+            f"{source} names the network {network!r}, which no file may choose by itself, as its code "
             f"may do anything: if you trust both, pass --trust {package_of(network)} or set "
             f"{VARIABLE}={package_of(network)}."
         )
@@ -95,10 +97,10 @@ def require_trusted(network: str, arguments: Mapping[str, Any], source: object) 
 
 
 def package_of(network: str) -> str:
-    """What to vouch for: of a package that files may name in part, and of what is no path, no more than this class."""
+    """What to vouch for: of a package that files may name in part, no more than this class."""
     top = network.partition(":")[0].partition(".")[0]
     partly = any(_within(package, top) for package in PACKAGES)
-    return top if _PATH.fullmatch(network) and not partly else network
+    return network if partly else top
 
 
 def _vouched() -> list[str]:
