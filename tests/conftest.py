@@ -53,6 +53,15 @@ def nnunet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+os.environ["SEGRAFT_TRUST"] = "tests"  # for what is made once for many tests
+
+
+@pytest.fixture(autouse=True)
+def _networks_of_the_tests_in_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files may name networks that a test defines; what a test vouches for besides is forgotten after it."""
+    monkeypatch.setenv("SEGRAFT_TRUST", "tests")
+
+
 @pytest.fixture(autouse=True)
 def _same_weights_on_every_run() -> None:
     """Networks that a test builds without a seed of its own start from the same weights."""

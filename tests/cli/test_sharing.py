@@ -5,6 +5,10 @@ import runpy
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from segraft.cli.app import show_notes, show_table
 
 CLIENT = runpy.run_path(str(Path(__file__).resolve().parents[1] / "exchange" / "hub_client.py"))
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # in the client itself
@@ -80,3 +84,43 @@ def test_one_json_object_for_an_error(hub, segraft):
     done = segraft("pull", "ward/none", "-o", "nowhere", "--json")
     assert done.code == 2
     assert "no model repository ward/none" in done.json["error"]
+
+
+def test_a_repository_says_nothing_to_the_terminal(hub, segraft, work, tmp_path):
+    """Names of files and of networks there may hold any character; lines may not be forged, nor the screen wiped."""
+    segraft("push", work / "run", "ward/rim")
+    hub.repos["ward/rim"].commit("main", {"x\x1b[2J\nsegraft: all is well\u202e": b""})
+    done = segraft("pull", "ward/rim", "-o", tmp_path / "x")
+    assert done.code == 2
+    assert "\x1b" not in done.err
+    assert "\u202e" not in done.err
+    assert "x\\x1b[2J segraft: all is well\\u202e" in done.err
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("show", [show_notes, lambda texts: show_table("T", ["c"], [texts])])
+def test_what_files_say_is_shown_as_text(capsys, show):
+    show(["a\x1b[2Jb\x07\tc é"])
+    shown = "".join(capsys.readouterr())
+    assert "a\\x1b[2Jb\\x07 c é" in shown
+    assert "\x1b" not in shown
+
+
+def test_a_note_is_one_line(capsys):
+    show_notes(["a\nnote: b\x85c"])
+    assert capsys.readouterr().err == "note: a note: b c\n"
+
+
+def test_trust_from_the_command_line(segraft, work, tmp_path):
+    """A base that names a class of a package: refused, and read once the user vouches for it."""
+    with safe_open(work / "base" / "base.safetensors", framework="pt") as file:
+        header = json.loads(file.metadata()["segraft_base"])
+    (tmp_path / "b").mkdir()
+    metadata = {"segraft_base": json.dumps(header | {"network": "segraft.data:No"})}
+    save_file(load_file(work / "base" / "base.safetensors"), tmp_path / "b" / "base.safetensors", metadata=metadata)
+    scan = work / "D" / "imagesTr" / "p7.nii.gz"
+    refused = segraft("predict", tmp_path / "b", scan, "-o", tmp_path / "m.nii.gz")
+    assert "--trust segraft.data:No or set SEGRAFT_TRUST=segraft.data:No" in refused.err
+    tried = segraft("predict", tmp_path / "b", scan, "-o", tmp_path / "m.nii.gz", "--trust", "segraft.data:No")
+    assert "'segraft.data:No' cannot be imported" in tried.err
+    assert "no package to trust" in segraft("inspect", work / "run", "--trust", "a b").err

@@ -355,3 +355,40 @@ def test_a_base_does_not_take_the_place_of_an_adapters(hub, run):
     with pytest.raises(SegraftError, match="which needs its own base"):
         push(run.parent / "base", "ward/rim")
     assert hub.files("ward/rim") is before
+
+
+def test_names_of_files_of_weights_stay_at_home(hub, run, tmp_path):
+    """The file that weights came from may be called as a patient."""
+    net = segraft.networks.build("unet", in_channels=1, out_channels=1, arguments={"widths": [4, 8], "spatial_dims": 3})
+    torch.save(net.state_dict(), tmp_path / "Smith_John.weights.pt")
+    segraft.jobs.import_base(
+        *(tmp_path / "Smith_John.weights.pt", tmp_path / "imported"),
+        network="unet",
+        network_arguments={"widths": [4, 8], "spatial_dims": 3},
+        labels=["rim"],
+    )
+    segraft.graft(net, segraft.AdapterSpec("lora", rank=2))
+    described = {"network": "unet", "arguments": ARGUMENTS, "path": "../Smith_John.weights.pt"}
+    record = CLIENT["TASK"] | CLIENT["CASES"] | {"base": described}
+    segraft.save(net, tmp_path / "mine" / "run" / "adapter.safetensors", record=record)
+    assert any("Smith_John.weights.pt: --without-cases" in note for note in push(tmp_path / "imported", "ward/a").notes)
+    for name, options in {"b": {"cases": False}, "c": {"cases": False, "digests": False}}.items():
+        pushed = push(tmp_path / "imported", f"ward/{name}", **options)
+        assert "weights made elsewhere" in pushed.card
+        adapted = push(run, f"ward/{name}2", **options)
+        assert "`weights.pt` where it was trained" in adapted.card
+        assert "2 cases" in adapted.card
+        for repository in (f"ward/{name}", f"ward/{name}2"):
+            assert not any(b"Smith" in content for content in hub.files(repository).values())
+
+
+def test_metadata_that_a_person_added_stays(hub, run):
+    push(run, "ward/rim", license="mit")
+    page = hub.files("ward/rim")["README.md"].decode()
+    added = page.replace(
+        "license: mit", "license: mit\nextra_gated_prompt: sign the DUA\nlanguage: en\ninference: false"
+    )
+    hub.repos["ward/rim"].commit("main", hub.files("ward/rim") | {"README.md": added.encode()})
+    card = push(run, "ward/rim", license="cc-by-4.0").card
+    assert "license: cc-by-4.0\nextra_gated_prompt: sign the DUA\nlanguage: en\ninference: false\n---\n" in card
+    assert card == hub.files("ward/rim")["README.md"].decode()

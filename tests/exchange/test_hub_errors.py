@@ -1,5 +1,6 @@
 """What goes wrong with the Hub: one sentence each, and nothing half-written."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -49,7 +50,7 @@ PULLED = {
         429: "too many requests",
         500: "has trouble of its own (500)",
     },
-    "HEAD /ward/rim/resolve": {500: "has trouble of its own (500)", 403: "your token may not do this"},
+    "HEAD /ward/rim/resolve": {500: "has trouble of its own (500)", 403: "you may not read this"},
 }
 
 
@@ -182,7 +183,7 @@ def test_a_cache_that_cannot_be_written(hub, run, tmp_path, monkeypatch):
 def test_a_record_of_others_may_hold_anything(hub, run, tmp_path):
     net, _ = segraft.networks.load_base(run.parent / "base")
     segraft.load(net, run / "adapter.safetensors")
-    content = segraft.save(net, tmp_path / "x.safetensors", record={"base": "/etc/passwd", "labels": 3}).read_bytes()
+    content = segraft.save(net, tmp_path / "x.safetensors", record={"mine": [3]}).read_bytes()
     push(run, "ward/rim")
     hub.repos["ward/rim"].commit(
         "main", {"adapter.safetensors": content, "README.md": b"---\nbase_model: [a]\n---\n\xff"}
@@ -190,3 +191,40 @@ def test_a_record_of_others_may_hold_anything(hub, run, tmp_path):
     assert "network not recorded" in pull("ward/rim", tmp_path / "pulled").notes[0]
     with pytest.raises(SegraftError, match="does not name its base network"):
         segraft.jobs.load_model(tmp_path / "pulled")
+
+
+def test_a_record_that_segraft_would_not_write_is_not_pulled(hub, run, tmp_path):
+    net, _ = segraft.networks.load_base(run.parent / "base")
+    segraft.load(net, run / "adapter.safetensors")
+    content = segraft.save(net, tmp_path / "x.safetensors", record={"base": "/etc/passwd"}).read_bytes()
+    push(run, "ward/rim")
+    hub.repos["ward/rim"].commit("main", {"adapter.safetensors": content})
+    with pytest.raises(SegraftError, match=r"nothing was written.*record\.base is no object"):
+        pull("ward/rim", tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+
+
+@pytest.mark.parametrize("row", [{}, {"n": "x"}, {"n": None}, [], {"n": 1, "dice_mean": "x"}, {"n": [1]}])
+def test_an_evaluation_with_other_rows(hub, run, row):
+    found = {"summary": {"rim": row}, "record": {"model": "adapter.safetensors"}}
+    (run / "evaluation.json").write_text(json.dumps(found))
+    with pytest.raises(SegraftError, match="is not what `segraft evaluate` writes"):
+        push(run, "ward/rim")
+
+
+def test_forbidden_is_said_of_what_was_asked(hub, run, tmp_path):
+    push(run, "ward/rim")
+    hub.broken["GET /api/models"] = 403
+    with pytest.raises(SegraftError) as error:
+        pull("ward/rim", tmp_path / "pulled")
+    says(error, "may not read this", "HF_TOKEN")
+    assert "write" not in str(error.value)
+
+
+def test_a_path_that_holds_the_name_of_an_option_stays(hub, run, tmp_path):
+    folder = tmp_path / "my--base-run" / "run"
+    folder.mkdir(parents=True)
+    (folder / "adapter.safetensors").write_bytes((run / "adapter.safetensors").read_bytes())
+    with pytest.raises(SegraftError) as error:
+        push(folder, "ward/rim", with_base=True)
+    says(error, str(folder), "say where it is with --base-path.")

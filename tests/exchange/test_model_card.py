@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from segraft.adapters import AdapterHeader, AdapterSpec
-from segraft.exchange.model_card import MARK, Published, adapter_card, base_card, by_hand, front_matter
+from segraft.exchange.front_matter import front_matter
+from segraft.exchange.model_card import MARK, Published, adapter_card, base_card, by_hand
 from segraft.networks import Base
 
 RECORD = {

@@ -228,8 +228,13 @@ def test_what_cannot_be_prepared_alike_is_told(changes, told, tmp_path):
             "builds the argument act",
         ),
         (SEGRESNET, ORGANS, {"more": {"network_def": {"_target_": "SegResNet"}}}, "in_channels|out_channels"),
-        (SEGRESNET, ORGANS, {"more": {"network_def": SEGRESNET | {"_target_": "os.system"}}}, "no class of torch"),
-        (SEGRESNET, ORGANS, {"more": {"network_def": SEGRESNET | {"_target_": "scripts.nets.Mine"}}}, "imported"),
+        (SEGRESNET, ORGANS, {"more": {"network_def": SEGRESNET | {"_target_": "os.system"}}}, "--trust os"),
+        (
+            SEGRESNET,
+            ORGANS,
+            {"more": {"network_def": SEGRESNET | {"_target_": "scripts.nets.Mine"}}},
+            "--trust scripts",
+        ),
         (SEGRESNET, ORGANS, {"more": {"network_def": SEGRESNET | {"init_filters": "$2 ** 3"}}}, "expressions of"),
     ],
 )

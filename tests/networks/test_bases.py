@@ -84,6 +84,7 @@ def test_round_trip_is_bit_for_bit(tmp_path):
 
 def test_round_trip_of_a_network_with_an_aliased_module(tmp_path, monkeypatch):
     monkeypatch.setattr(nn, "Aliased", Aliased, raising=False)
+    monkeypatch.setenv("SEGRAFT_TRUST", "torch.nn")
     net = Aliased(3, 4)
     save_base(net, tmp_path, network="torch.nn:Aliased", arguments={"in_channels": 3, "out_channels": 4})
     loaded, _ = load_base(tmp_path)

@@ -24,6 +24,7 @@ from segraft.atomic import replacing
 from segraft.errors import SegraftError
 
 FORMAT = 1
+_KINDS = {"base": str, "record": dict, "version": str}
 
 
 @dataclass(frozen=True)
@@ -153,14 +154,14 @@ def read_header(path: str | os.PathLike[str]) -> AdapterHeader:
         raise SegraftError(f"{path} is not a readable safetensors file ({error}): is it complete?") from error
     except SegraftError as error:
         raise SegraftError(f"{path} cannot be used: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise SegraftError(f"{path} is no adapter file: its header does not hold what segraft writes.") from error
 
 
 def _header(path: Path, header: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> AdapterHeader:
     if header["format"] > FORMAT:
         raise SegraftError(f"it was written by segraft {header['version']}: update segraft to read it.")
-    if not isinstance(header["base"], str) or not isinstance(header["record"], dict):
+    if not all(isinstance(header[name], kind) for name, kind in _KINDS.items()):
         raise TypeError
     spec = AdapterSpec.from_dict(header["spec"])
     ranks = {key: (tensors[f"{key}.v"][0], int(start)) for key, start in header.get("ranks", {}).items()}

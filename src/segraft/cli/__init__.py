@@ -4,7 +4,7 @@ import json
 import os
 import sys
 
-from segraft.cli.app import app
+from segraft.cli.app import app, one_line
 from segraft.cli.exporting import export
 from segraft.cli.importing import import_
 from segraft.cli.look import inspect, params
@@ -43,7 +43,7 @@ def main() -> None:
         if not (isinstance(error, SegraftError) or hasattr(error, "format_message")):
             raise
         text = str(error) if isinstance(error, SegraftError) else f"{error.format_message().rstrip('.')}: see --help."
-        sentence = " ".join(text.split())  # what a library said inside it may run over several lines
+        sentence = one_line(text)  # what a library said inside it may run over several lines
         if "--json" in sys.argv:
             print(json.dumps({"error": sentence}))  # noqa: T201
         print(f"segraft: {sentence}", file=sys.stderr)  # noqa: T201

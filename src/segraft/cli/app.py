@@ -37,6 +37,31 @@ def _version(
         raise typer.Exit
 
 
+def one_line(text: str) -> str:
+    """Text on one line, in which nothing can pass for another line or reach the terminal as a command.
+
+    Names in files and repositories of others may hold any character.
+    """
+    return _visible(" ".join(text.split()))
+
+
+def _visible(text: str) -> str:
+    """Spaces for other white space, and what cannot be printed by its code, as Python writes it."""
+    return "".join(
+        char
+        if char.isprintable()
+        else " "
+        if char.isspace()
+        else char.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for char in text
+    )
+
+
+def _lines(text: str) -> str:
+    """The same of several lines."""
+    return "\n".join(map(_visible, text.split("\n")))
+
+
 def progress_console(*, as_json: bool) -> Console | None:
     """Where progress bars go: standard error, and nowhere when a machine or a file reads it."""
     return err if err.is_terminal and not as_json else None
@@ -58,10 +83,11 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
 
     Names of files and labels are shown as they are: Rich would read brackets in them as markup.
     """
-    table = Table(*(Column(Text(name), overflow="fold") for name in columns), title=Text(title))
+    columns = [one_line(name) for name in columns]
+    table = Table(*(Column(Text(name), overflow="fold") for name in columns), title=Text(one_line(title)))
     for column in table.columns[len(columns) - right :]:
         column.justify = "right"
-    texts = [list(row) for row in rows]
+    texts = [[_lines(value) for value in row] for row in rows]
     for row in texts:
         table.add_row(*(Text(value) for value in row))
     widths = fitted([[name, *(row[place] for row in texts)] for place, name in enumerate(columns)], out.width)
@@ -83,14 +109,14 @@ def _three_digits(value: float) -> str:
 
 
 def show_line(text: str) -> None:
-    """One line of results, unbroken and without colours."""
-    out.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Lines of results, unbroken and without colours."""
+    out.print(_lines(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def show_notes(notes: Sequence[str]) -> None:
     """What the user should know besides the result, on standard error."""
     for note in notes:
-        err.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        err.print(one_line(f"note: {note}"), highlight=False, markup=False, soft_wrap=True)
 
 
 def split(values: Sequence[str] | None) -> tuple[str, ...]:

@@ -109,8 +109,21 @@ def common(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of tables.", rich_help_panel=COMMON)
     ] = False,
+    trust: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Package whose networks are built where files name them, as its code then runs; repeat for several "
+            "[SEGRAFT_TRUST].",
+            metavar="PACKAGE",
+            rich_help_panel=COMMON,
+        ),
+    ] = None,
 ) -> Common:
-    """Seed, device, precision, JSON."""
+    """Seed, device, precision, JSON; and packages to trust, which hold for the whole process."""
+    if trust:
+        from segraft.networks import trust as vouch
+
+        vouch(*trust)
     return Common(seed, device.value, precision.value, as_json)
 
 

@@ -33,7 +33,8 @@ def push(
     base_path: Annotated[Path | None, typer.Option(help="Where that base is, if it was moved.")] = None,
     license: Annotated[str | None, typer.Option(help="For the page, such as apache-2.0.")] = None,  # noqa: A002
     without_cases: Annotated[
-        bool, typer.Option("--without-cases", help="Numbers for the ids of cases; no name of their data set.")
+        bool,
+        typer.Option("--without-cases", help="Numbers for the ids of cases; no names of data set and files."),
     ] = False,
     without_digests: Annotated[
         bool, typer.Option("--without-digests", help="Nothing of the cases, not even digests of their images.")

@@ -10,7 +10,7 @@ import typer
 
 from segraft.allocation import keep_freed_memory
 from segraft.cli import options
-from segraft.cli.app import err, json_object, progress_console, show_json, show_line, show_notes, split
+from segraft.cli.app import err, json_object, one_line, progress_console, show_json, show_line, show_notes, split
 from segraft.cli.options import TRAINING, Common, Data, Fold, Labels, NetworkArguments, OutFolder, PatientPattern, takes
 from segraft.errors import SegraftError
 
@@ -37,7 +37,7 @@ def _first_process_reports() -> Iterator[None]:
     except SegraftError as error:
         if is_first_process():
             raise
-        err.print(f"segraft: {' '.join(str(error).split())}", highlight=False, markup=False, soft_wrap=True)
+        err.print(f"segraft: {one_line(str(error))}", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
     if not is_first_process():
         raise typer.Exit

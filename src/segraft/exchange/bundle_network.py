@@ -12,6 +12,7 @@ from segraft.networks.heads import find_head
 from segraft.networks.outputs import PATH as ON_TOP
 from segraft.networks.outputs import exchangeable
 from segraft.networks.registry import outline
+from segraft.networks.trusted import require_trusted
 
 NETWORK = ("network_def", "network", "net", "model")
 """Where a configuration may have it."""
@@ -56,7 +57,7 @@ def network_of(config: Config, metadata: Mapping[str, Any]) -> BundleNetwork:
     """The network that a configuration describes.
 
     Raises:
-        SegraftError: it cannot be told without running something.
+        SegraftError: it cannot be told without running something, or is not one that a file may name.
     """
     if config.raw("network_def") == SEQUENCE:
         return _with_outputs_on_top(config, metadata)
@@ -101,6 +102,7 @@ def _described_by(definition: Mapping[str, Any], config: Config, metadata: Mappi
             "weights without those heads."
         )
     channels = _channels(config, short, arguments, metadata)
+    require_trusted(path, arguments, config.path)
     return BundleNetwork(path, {**arguments, **channels}, tuple(notes))
 
 

@@ -39,13 +39,18 @@ KINDS: tuple[tuple[str, Sentence], ...] = (
 
 STATUS: dict[int, str] = {
     401: f"does not accept the token: {LOG_IN} with a valid one",
-    403: "says that your token may not do this: use one that may write to that owner's repositories",
+    403: f"says that you may not read this: {LOG_IN} as who may, or ask its owner",
     409: "says that somebody else changed the repository meanwhile: look at it, and push again",
     412: "says that somebody else changed the repository meanwhile: look at it, and push again",
     413: "says that the files are too large: push without the base",
     429: "says that there were too many requests: wait some minutes, and try again",
 }
 """Answer of the hub -> what it means."""
+
+WHEN_PUSHING: dict[int, str] = {
+    403: "says that your token may not do this: use one that may write to that owner's repositories",
+}
+"""The same where it is another thing when something is pushed."""
 
 CONNECTIONS = ("httpx", "httpx2", "httpcore", "httpcore2", "hf_xet", "requests")
 """Packages whose errors are those of a connection."""
@@ -73,7 +78,7 @@ def sentence(error: BaseException, hub: str, name: str, revision: str | None, *,
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         said = " ".join((error.server_message or "no reason given").split())
-        meaning = STATUS.get(
+        meaning = (STATUS | WHEN_PUSHING if pushing else STATUS).get(
             status,
             f"has trouble of its own ({status}): try again later"
             if status >= 500

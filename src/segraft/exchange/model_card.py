@@ -15,6 +15,8 @@ from segraft.networks.encoder_files import ENCODER
 
 MARK = "<!-- `segraft push` writes this page anew each time; take this line out to keep it as you change it. -->"
 TAGS = ("segraft", "medical")
+OURS = ("library_name", "pipeline_tag", "tags", "base_model", "base_model_relation", "license")
+"""Metadata that a page is written with; what else stands there is a person's."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Published:
         base_repository: owner/name of that of the base, if it has its own.
         license: as the Hub calls it; None where nobody said.
         evaluation: summary by label's name, of `segraft evaluate`.
+        metadata: lines of YAML that a person added to the page's.
     """
 
     repository: str
@@ -36,6 +39,7 @@ class Published:
     base_repository: str | None = None
     license: str | None = None
     evaluation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    metadata: str = ""
 
 
 def adapter_card(header: AdapterHeader, published: Published) -> str:
@@ -82,7 +86,8 @@ def base_card(base: Base, published: Published) -> str:
     }
     imported = base.record.get("imported")
     if imported:
-        what["imported from"] = f"weights made elsewhere ({_text(imported.get('layout') or imported['weights'])})"
+        kind = imported.get("layout") or imported.get("weights") or "of a file that is not named"
+        what["imported from"] = f"weights made elsewhere ({_text(kind)})"
     name = published.repository.partition("/")[2]
     return _page(
         {"tags": [*TAGS, "base"]},
@@ -107,18 +112,6 @@ def _adapting(encoder: Mapping[str, Any] | None) -> str:
     )
 
 
-def front_matter(card: str) -> dict[str, Any]:
-    """The metadata in front of a page; none where there is none, or it is not readable."""
-    head, *rest = card.removeprefix("---\n").split("\n---", 1)
-    if not card.startswith("---\n") or not rest:
-        return {}
-    try:
-        found = yaml.safe_load(head)
-    except yaml.YAMLError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def by_hand(card: str) -> bool:
     """Whether a page holds text that somebody else wrote, and not only metadata, as new repositories' pages do."""
     text = card.removeprefix("---\n").split("\n---", 1)[-1] if card.startswith("---\n") else card
@@ -129,7 +122,8 @@ def _page(metadata: Mapping[str, Any], published: Published, *parts: str) -> str
     front = {"library_name": "segraft", "pipeline_tag": "image-segmentation", **metadata}
     if published.license is not None:
         front["license"] = published.license
-    return "\n\n".join((f"---\n{yaml.safe_dump(front, sort_keys=False)}---", MARK, *parts)) + "\n"
+    lines = yaml.safe_dump(front, sort_keys=False) + published.metadata
+    return "\n\n".join((f"---\n{lines}---", MARK, *parts)) + "\n"
 
 
 def _use(record: Mapping[str, Any], published: Published) -> list[str]:

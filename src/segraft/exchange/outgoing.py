@@ -16,6 +16,10 @@ HEADERS = ("segraft", "segraft_base")
 SAYS_WHOSE = ("dataset", "patient_pattern")
 """Entries of a record that tell where its cases are from."""
 
+BASE, WEIGHTS = "base.safetensors", "weights"
+ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+"""Of files of weights; what else follows a dot may be part of a name."""
+
 
 def outgoing(path: Path, aside: Path, change: Change) -> Path:
     """A file whose record was changed; the file itself where the change leaves the record as it is.
@@ -60,14 +64,27 @@ def beside(record: Record, name: str | None = None) -> dict[str, Any]:
 
 
 def without_cases(record: Record) -> dict[str, Any]:
-    """The record with numbers for the ids of its cases, and without the name of their data set.
+    """The record with numbers for the ids of its cases, without names of their data set and of files of weights.
 
     The digests of their images stay: by them, `evaluate` and `adapt` keep cases apart.
     """
     cases = record.get("cases", {})
     numbered = {str(number): digest for number, digest in enumerate(sorted(cases.values()), start=1)}
     kept = {name: value for name, value in record.items() if name not in SAYS_WHOSE}
-    return kept | ({"cases": numbered} if cases else {})
+    return _without_names(kept) | ({"cases": numbered} if cases else {})
+
+
+def _without_names(record: Record) -> dict[str, Any]:
+    """Without what files of weights were called, which may be a patient's name too."""
+    changed = dict(record)
+    if "imported" in record:
+        changed["imported"] = {name: value for name, value in record["imported"].items() if name != "weights"}
+    path = record.get("base", {}).get("path")
+    own = "" if path is None else path.replace("\\", "/").rpartition("/")[2]
+    if own not in ("", BASE):
+        ending = next((ending for ending in ENDINGS if own.endswith(ending)), "")
+        changed["base"] = record["base"] | {"path": WEIGHTS + ending}
+    return changed
 
 
 def without_digests(record: Record) -> dict[str, Any]:

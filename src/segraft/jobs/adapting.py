@@ -34,6 +34,7 @@ from segraft.networks.heads import match_outputs, require_head, untrained_output
 from segraft.networks.inputs import Inputs, unseen
 from segraft.networks.registry import usual_names
 from segraft.networks.starting import own_prefixes, trained_by, untrained_notes
+from segraft.networks.trusted import trust_asked
 from segraft.structures import same_name
 from segraft.training.distributed import Team
 from segraft.training.fit import Fit, check_device, check_precision, fit
@@ -192,6 +193,7 @@ class BaseSource:
     def _from_elsewhere(
         self, labels: tuple[str, ...], fresh: AbstractSet[int], weights: str | Path, cohort: Cohort
     ) -> "LoadedBase":
+        trust_asked(str(self.base))
         network, known = str(self.base), {"in_channels": len(self.channels)} if self.channels else {}
         given = {**known, **usual_names(network, self.arguments or {})}
         arguments = {"in_channels": len(cohort.channels), "out_channels": len(labels), **given}

@@ -6,11 +6,10 @@ from pathlib import Path
 from torch import nn
 
 from segraft import adapters
-from segraft.adapters import read_header
 from segraft.atomic import replacing_folder
 from segraft.errors import SegraftError
 from segraft.exchange.formats import Finished, exporter, require_replaceable
-from segraft.jobs.locating import file_in, holds_base
+from segraft.jobs.locating import file_in, holds_base, read_adapter
 from segraft.jobs.model import base_file_of, image_channels, load_base_of, task_of
 
 
@@ -77,7 +76,7 @@ def finished_adapter(adapter: str | Path, base: str | Path | None = None) -> Fin
     path = file_in(Path(adapter))
     if holds_base(path):
         raise SegraftError(f"{path} is a base, and only adapters are exported: adapt it first.")
-    header = read_header(path)
+    header = read_adapter(path)
     found = base_file_of(header, base)
     described = header.record["base"]
     model = task_of(path, header.record, image_channels(described))

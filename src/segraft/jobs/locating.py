@@ -6,6 +6,7 @@ from segraft.adapters import AdapterHeader, read_header
 from segraft.errors import SegraftError
 from segraft.networks import Base, read_base
 from segraft.networks.bases import FILE_NAME
+from segraft.networks.records import record_problem
 
 ADAPTER_FILE = "adapter.safetensors"
 
@@ -26,6 +27,19 @@ def holds_base(path: Path) -> bool:
     return True
 
 
+def read_adapter(path: Path) -> AdapterHeader:
+    """What an adapter file says about itself, with a record that may be relied on.
+
+    Raises:
+        SegraftError: as `segraft.adapters.read_header`; the record does not hold what Segraft writes.
+    """
+    header = read_header(path)
+    problem = record_problem(header.record)
+    if problem is not None:
+        raise SegraftError(f"{path} cannot be used: {problem}, as segraft writes it.")
+    return header
+
+
 def header_of(path: Path) -> AdapterHeader | Base:
     """What a file of Segraft says about itself, whatever its name.
 
@@ -33,4 +47,4 @@ def header_of(path: Path) -> AdapterHeader | Base:
         SegraftError: it is neither an adapter nor a base, or not readable.
     """
     path = file_in(path)
-    return read_base(path) if path.name == FILE_NAME or holds_base(path) else read_header(path)
+    return read_base(path) if path.name == FILE_NAME or holds_base(path) else read_adapter(path)

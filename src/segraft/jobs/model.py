@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from segraft import adapters
-from segraft.adapters import AdapterHeader, read_header
+from segraft.adapters import AdapterHeader
 from segraft.data.channels import Files, Scan, numbered, plain
 from segraft.data.checks import check_scan, require_channels
 from segraft.data.cohort import Case
@@ -23,7 +23,7 @@ from segraft.errors import SegraftError
 from segraft.exchange.opening import open_base, require_no_fold, scheme_of
 from segraft.inference import AVERAGING, label_map, sliding_scores
 from segraft.jobs.cases import Served
-from segraft.jobs.locating import file_in, holds_base
+from segraft.jobs.locating import file_in, holds_base, read_adapter
 from segraft.jobs.preparing import require_same_channels, takes_missing_channels
 from segraft.networks import Base, Loaded, build, load_base, load_checkpoint, read_base
 from segraft.networks.bases import FILE_NAME
@@ -31,6 +31,7 @@ from segraft.networks.encoder_files import holds_encoder, require_segmenting
 from segraft.networks.heads import START_SEED, Outputs, PickedOutputs, take_outputs
 from segraft.networks.inputs import Inputs, input_weights, take_inputs
 from segraft.networks.registry import outline
+from segraft.networks.trusted import require_trusted
 from segraft.training.fit import check_device, check_precision
 
 
@@ -188,7 +189,7 @@ def load_model(
         return _model(net, path, record, channels, adapted_on=Served(), pretrained_on=Served.of(record))
     if holds_base(path):
         raise SegraftError(f"{path} is a base, not an adapter: give the adapter file, or name the base {FILE_NAME}.")
-    header = read_header(path)
+    header = read_adapter(path)
     net, pretrained_on = load_base_of(header, base)
     adapters.load(net, path)
     if header.spec.channels == 1:  # else there is not one weight to merge into
@@ -217,7 +218,8 @@ def load_base_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> 
     """The base that an adapter was trained on, and the images that trained the base.
 
     Raises:
-        SegraftError: the adapter file does not say what it is, or the base is not found.
+        SegraftError: the adapter file does not say what it is, the base is not found, or its network is not one that
+            a file may name.
     """
     where, described = base_file_of(header, base), header.record["base"]
     outputs, inputs = Outputs.of(described), Inputs.of(described)
@@ -226,10 +228,35 @@ def load_base_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> 
         net = with_outputs(net, info, outputs)
         arguments = info.arguments | ({} if outputs is None else {"out_channels": len(outputs.rows)})
         return with_inputs(net, info.network, arguments, inputs)[0], Served.of(info.record)
+    require_trusted(described["network"], described["arguments"], header.path)
     net = build_from_start(described["network"], described["arguments"])
     load_checkpoint(net, where, outputs=outputs)
     net, _ = with_inputs(net, described["network"], described["arguments"], inputs)
     return net.eval(), Served.by_weights(where)
+
+
+def require_base_of(header: AdapterHeader, path: Path) -> None:
+    """Refuse a file that is not the base that an adapter was trained on.
+
+    Where the adapter took the base as it is, the headers tell; else the base is built as the adapter's record says.
+
+    Args:
+        header: of the adapter.
+        path: of a base file.
+
+    Raises:
+        SegraftError: it is another, or cannot be built; the adapter does not say what its base is.
+    """
+    described = header.record["base"] if base_file_of(header, path) else {}
+    if Outputs.of(described) is None and Inputs.of(described) is None and _is_base_itself(path, described):
+        found = read_base(path).fingerprint
+    else:
+        found = adapters.fingerprint(load_base_of(header, path)[0])
+    if found != header.fingerprint:
+        raise adapters.BaseMismatchError(
+            f"the adapter was trained on a base with fingerprint {header.fingerprint[:16]}, and that of {path} is "
+            f"{found[:16]}: get the base that it was trained on."
+        )
 
 
 def _is_base_itself(path: Path, described: Mapping[str, Any]) -> bool:
@@ -241,8 +268,13 @@ def _is_base_itself(path: Path, described: Mapping[str, Any]) -> bool:
     return not holds_encoder(info.record) and (info.network, info.arguments) == built
 
 
-def base_file_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> Path:
+def base_file_of(header: AdapterHeader, base: str | os.PathLike[str] | None, *, option: str = "--base") -> Path:
     """The file that the weights of an adapter's base are in.
+
+    Args:
+        header: of the adapter.
+        base: where it is, if not where the adapter's record says.
+        option: of the command by which a user says so, for the message.
 
     Raises:
         SegraftError: the adapter file does not say what its base is, or it is not found.
@@ -259,7 +291,7 @@ def base_file_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> 
     if where.is_dir():
         where /= FILE_NAME
     if not where.is_file():
-        raise SegraftError(f"the base of {header.path} is not at {where}: say where it is with --base.")
+        raise SegraftError(f"the base of {header.path} is not at {where}: say where it is with {option}.")
     return where
 
 

@@ -2,18 +2,20 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from segraft.adapters import AdapterHeader, read_header
+from segraft.adapters import AdapterHeader
+from segraft.data.scan_preparation import recorded_preparation
 from segraft.errors import SegraftError
 from segraft.exchange import hub
+from segraft.exchange.front_matter import front_matter, metadata_of_others
 from segraft.exchange.hub import CARD
-from segraft.exchange.model_card import Published, adapter_card, base_card, by_hand, front_matter
+from segraft.exchange.model_card import OURS, Published, adapter_card, base_card, by_hand
 from segraft.exchange.outgoing import Record, beside, outgoing, without_cases, without_digests
-from segraft.jobs.locating import ADAPTER_FILE, header_of, holds_base
+from segraft.jobs.locating import ADAPTER_FILE, header_of, holds_base, read_adapter
 from segraft.jobs.model import base_file_of
 from segraft.networks import Base, read_base
 from segraft.networks.bases import FILE_NAME
@@ -74,7 +76,8 @@ def push(
             trained, of `SMALL` bytes at most, and `base` names no repository.
         base_path: where that base is, if it was moved.
         license: as the Hub calls it (`apache-2.0`); None: as the page there says, or none.
-        cases: False: the ids of the cases that trained it become numbers, and their data set has no name.
+        cases: False: the ids of the cases that trained it become numbers, and their data set and files of weights have
+            no names.
         digests: False: nothing of them is left.
         dry_run: send nothing.
         bars: show the progress of what is sent.
@@ -83,6 +86,8 @@ def push(
         SegraftError: it is none of Segraft's files, its base cannot go along, or the Hub refuses it or is not reached.
     """
     header = header_of(Path(file))
+    if "preparation" in header.record:
+        recorded_preparation(header.record["preparation"], header.path)
     hub.checked_name(repository)
     if not dry_run:
         hub.require_token()
@@ -103,8 +108,10 @@ def push(
             base_repository=base,
             license=license or (str(said) if said else None),
             evaluation=summary,
+            metadata=metadata_of_others(page, OURS),
         )
-        card = None if by_hand(page) else _card(header, published)
+        sent = header_of(files[_name(header)]).record | {"cases": header.record.get("cases", {})}  # to tell how many
+        card = None if by_hand(page) else _card(replace(header, record=sent), published)
         if card is None:
             notes.append(f"{CARD} of {repository} was written or changed by hand, and stays as it is there.")
         else:
@@ -167,11 +174,11 @@ def _base_along(
     if with_base is False or repository is not None:
         return None, []
     try:
-        where = base_file_of(header, base_path)
+        where = base_file_of(header, base_path, option="--base-path")
     except SegraftError as error:
         if with_base or base_path is not None:
-            raise SegraftError(str(error).replace("--base", "--base-path")) from error
-        return None, [f"the base is not pushed along: {str(error).replace('--base', '--base-path')}"]
+            raise
+        return None, [f"the base is not pushed along: {error}"]
     if not holds_base(where):
         if with_base:
             raise SegraftError(
@@ -214,7 +221,7 @@ def _files(
     files = {name: outgoing(path, folder / name, change) for name, path in sources.items()}
     notes = []
     for name, path in files.items():
-        record = header_of(path).record if name == FILE_NAME else read_header(path).record
+        record = header_of(path).record if name == FILE_NAME else read_adapter(path).record
         ids = list(record.get("cases", {}))
         if ids and cases and digests:
             notes.append(
@@ -225,6 +232,11 @@ def _files(
             notes.append(
                 f"{name} holds numbers for the ids of its {len(ids)} cases and no name of their data set; digests of "
                 "their images stay, by which whoever has one can tell that it served: --without-digests drops them."
+            )
+        weights = record.get("imported", {}).get("weights")
+        if weights is not None:
+            notes.append(
+                f"{name} says that the file its weights are from was called {weights}: --without-cases leaves that out."
             )
     if not digests:
         notes.append("without digests, nothing keeps the cases that trained a file from being evaluated on.")
@@ -242,7 +254,7 @@ def _evaluation(header: AdapterHeader | Base) -> tuple[Mapping[str, Mapping[str,
         return {}, []
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        summary, model = dict(found["summary"]), found["record"].get("model")
+        summary, model = {str(name): _row(row) for name, row in found["summary"].items()}, found["record"].get("model")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SegraftError(f"{path} is not what `segraft evaluate` writes: evaluate again, or remove it.") from error
     if model != header.path.name:
@@ -250,3 +262,16 @@ def _evaluation(header: AdapterHeader | Base) -> tuple[Mapping[str, Mapping[str,
     if path.stat().st_mtime < header.path.stat().st_mtime:
         return {}, [f"{path} is older than {header.path.name}, and not on the page: evaluate again."]
     return summary, []
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, float | None]:
+    """The numbers of a summary's row.
+
+    Raises:
+        KeyError: it does not count anything.
+        TypeError, ValueError: one of them is none.
+    """
+    numbers = {name: value for name, value in row.items() if name == "n" or name.endswith(("_mean", "_sd"))}
+    return {"n": float(numbers.pop("n"))} | {
+        name: None if value is None else float(value) for name, value in numbers.items()
+    }

@@ -17,7 +17,9 @@ from segraft.adapters import fingerprint
 from segraft.atomic import replacing
 from segraft.errors import SegraftError
 from segraft.networks.checkpoints import load_weights
+from segraft.networks.records import record_problem
 from segraft.networks.registry import build
+from segraft.networks.trusted import require_trusted
 
 FILE_NAME = "base.safetensors"
 FORMAT = 1
@@ -101,26 +103,37 @@ def read_base(path: str | os.PathLike[str]) -> Base:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["segraft_base"])
-        if header["format"] > FORMAT:
-            raise SegraftError(f"{path} was written by segraft {header['version']}: update segraft to read it.")
-        arguments = {name: header["arguments"][name] for name in CHANNELS} | header["arguments"]
-        return Base(path, header["network"], arguments, header["fingerprint"], header["record"])
+        return _base(path, header)
+    except SegraftError:
+        raise
     except (SafetensorError, OSError) as error:
         raise SegraftError(f"{path} is not a readable safetensors file ({error}): is it complete?") from error
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise SegraftError(
             f"{path} is no base file: its header does not hold what `segraft pretrain` writes."
         ) from error
+
+
+def _base(path: Path, header: Mapping[str, Any]) -> Base:
+    if header["format"] > FORMAT:
+        raise SegraftError(f"{path} was written by segraft {header['version']}: update segraft to read it.")
+    described = {name: header[name] for name in ("network", "arguments", "fingerprint")}
+    problem = record_problem(header["record"]) or record_problem({"base": described})
+    if problem is not None:
+        raise SegraftError(f"{path} cannot be used: {problem}, as segraft writes it.")
+    arguments = {name: header["arguments"][name] for name in CHANNELS} | header["arguments"]
+    return Base(path, header["network"], arguments, header["fingerprint"], header["record"])
 
 
 def load_base(path: str | os.PathLike[str]) -> tuple[nn.Module, Base]:
     """Build the network of a base file and load its weights.
 
     Raises:
-        SegraftError: as `read_base`; the network cannot be built; the weights do not fit, or are not those whose
-            fingerprint the file shows.
+        SegraftError: as `read_base`; the network is not one that a file may name, or cannot be built; the weights do
+            not fit, or are not those whose fingerprint the file shows.
     """
     base = read_base(path)
+    require_trusted(base.network, base.arguments, base.path)
     arguments = dict(base.arguments)
     channels = {name: arguments.pop(name) for name in CHANNELS}
     net = build(base.network, **channels, arguments=arguments)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from segraft.errors import SegraftError
 from segraft.networks.registry import outline, parameters_of
+from segraft.networks.trusted import require_trusted
 
 if TYPE_CHECKING:
     from segraft.networks.bases import Base
@@ -96,8 +97,9 @@ def vit_of_base(base: "Base") -> dict[str, Any]:
     """The same of the network of a base file, by its name and arguments; empty where it has no ViT.
 
     Raises:
-        SegraftError: the network cannot be built.
+        SegraftError: the network is not one that a file may name, or cannot be built.
     """
+    require_trusted(base.network, base.arguments, base.path)
     rest = dict(base.arguments)
     channels = {name: rest.pop(name) for name in ("in_channels", "out_channels")}
     return vit_of(outline(base.network, **channels, arguments=rest))

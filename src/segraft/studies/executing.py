@@ -28,6 +28,7 @@ from segraft.jobs.preparing import settle_preparation, takes_missing_channels
 from segraft.jobs.pretraining import pretrain
 from segraft.jobs.run_folder import versions
 from segraft.networks.bases import FILE_NAME, read_base
+from segraft.networks.trusted import trust_asked
 from segraft.studies.run import (
     FAILED,
     FINISHED,
@@ -167,6 +168,7 @@ def _adapt(run: Run, folder: Path) -> dict[str, Any]:
     asked, base = run.identity, folder.parent / str(run.base)
     if not is_finished(base):
         raise SegraftError(f"its base, run {run.base}, is not finished: see what went wrong there.")
+    trust_asked(str(Run.read(base).identity.get("network", "")))  # as the study names it
     result: dict[str, Any] = {"trained": 0, "bytes": 0, "training": None}
     if run.train:
         model = folder / ADAPTER_FILE
