@@ -25,7 +25,7 @@ def weights_of(path: Path, config: Config) -> Path:
     """
     named = list(dict.fromkeys(_named(path, each, config) for each in _loaders(config.values, config)))
     if len(named) > 1:
-        listed = ", ".join(_short(str(each)) for each in named)
+        listed = ", ".join(_short(each.name) for each in named)
         raise SegraftError(
             f"{config.path} loads weights from several files ({listed}): disable all loaders but one ({DISABLED})."
         )

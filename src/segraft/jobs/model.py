@@ -230,7 +230,13 @@ def load_base_of(header: AdapterHeader, base: str | os.PathLike[str] | None) -> 
         return with_inputs(net, info.network, arguments, inputs)[0], Served.of(info.record)
     require_trusted(described["network"], described["arguments"], header.path)
     net = build_from_start(described["network"], described["arguments"])
-    load_checkpoint(net, where, outputs=outputs)
+    try:
+        load_checkpoint(net, where, outputs=outputs)
+    except SegraftError as error:
+        raise SegraftError(
+            f"{header.path} was trained on a base with fingerprint {header.fingerprint[:16]}, and {where} is no such "
+            f"base: {error}"
+        ) from error
     net, _ = with_inputs(net, described["network"], described["arguments"], inputs)
     return net.eval(), Served.by_weights(where)
 
