@@ -31,9 +31,9 @@ from segraft.atomic import replacing
 from segraft.data.preparation import Preparation
 from segraft.evaluation.results import mean_sd
 from segraft.jobs import adapt, evaluate
-from segraft.jobs.adapting import BaseSource
+from segraft.jobs.base_source import BaseSource
+from segraft.jobs.bases import build_from
 from segraft.jobs.masked_pretraining import FIGURE, pretrain_masked
-from segraft.jobs.model import build_from
 from segraft.jobs.run_folder import versions
 from segraft.jobs.unlabelled import read_unlabelled
 from segraft.networks import build, load_base, load_checkpoint, read_base

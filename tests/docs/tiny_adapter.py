@@ -13,7 +13,8 @@ from segraft import adapters
 from segraft.adapters import AdapterSpec, adapter_tensors, graft
 from segraft.data.labels import Labels
 from segraft.data.preparation import Preparation, Window
-from segraft.jobs.model import build_from_start, task_record
+from segraft.jobs.bases import build_from_start
+from segraft.jobs.task import task_record
 from segraft.networks import save_base
 
 

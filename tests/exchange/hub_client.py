@@ -15,7 +15,7 @@ import segraft
 from segraft.data.labels import Labels
 from segraft.data.preparation import Preparation, Window
 from segraft.errors import SegraftError
-from segraft.jobs.model import task_record
+from segraft.jobs.task import task_record
 from segraft.networks import save_base
 
 standin = runpy.run_path(str(Path(__file__).with_name("hub_standin.py")))

@@ -75,7 +75,7 @@ def test_a_base_whose_outputs_were_exchanged(hub, run, other, tmp_path):
     header = segraft.adapters.read_header(run / "adapter.safetensors")
     net, base = segraft.networks.load_base(info.path)
     outputs = segraft.networks.heads.Outputs.of(described)
-    net = segraft.jobs.model.with_outputs(net, base, outputs)
+    net = segraft.jobs.bases.with_outputs(net, base, outputs)
     segraft.graft(net, header.spec)
     record = header.record | {"base": described, "labels": {"1": "rim", "2": "core"}}
     segraft.save(net, run / "adapter.safetensors", record=record)

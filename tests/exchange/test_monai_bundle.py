@@ -311,7 +311,7 @@ def test_weights_are_read_as_data(tmp_path):
 def test_labels_take_the_outputs_of_their_names(network, tmp_path):
     """Of two organs one is known: its output is the old one's, less the background's, whatever the network."""
     from segraft.data.cohort import Cohort
-    from segraft.jobs.adapting import BaseSource
+    from segraft.jobs.base_source import BaseSource
 
     bundle = write_bundle(tmp_path / "b", network, ORGANS)
     write_scan(tmp_path / "c.nii.gz")

@@ -22,7 +22,7 @@ from segraft.exchange.formats import Finished
 from segraft.exchange.monai_export import write_bundle as write_out
 from segraft.exchange.opening import open_base
 from segraft.jobs import adapt, export, load_model, predict
-from segraft.jobs.adapting import BaseSource
+from segraft.jobs.base_source import BaseSource
 from segraft.networks import build
 from segraft.training.settings import TrainingSettings
 

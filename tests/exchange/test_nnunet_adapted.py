@@ -12,7 +12,8 @@ from segraft.adapters import AdapterSpec
 from segraft.errors import SegraftError
 from segraft.exchange.opening import open_base
 from segraft.jobs import adapt, export
-from segraft.jobs.model import build_from_start, load_model
+from segraft.jobs.bases import build_from_start
+from segraft.jobs.model import load_model
 from segraft.training.settings import TrainingSettings
 
 SHORT = TrainingSettings(epochs=2, volumes=1, patches=1, learning_rate=1e-2)

@@ -17,7 +17,7 @@ from segraft.exchange.nnunet import labels_of, open_nnunet
 from segraft.exchange.opening import open_base
 from segraft.inference import sliding_scores
 from segraft.jobs import adapt
-from segraft.jobs.adapting import BaseSource
+from segraft.jobs.base_source import BaseSource
 from segraft.networks import build
 
 

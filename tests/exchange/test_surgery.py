@@ -11,8 +11,9 @@ from tests.exchange.bundles import SEGRESNET, write_bundle
 from segraft.adapters import AdapterSpec
 from segraft.exchange.opening import open_base
 from segraft.jobs import adapt, export
-from segraft.jobs.adapting import BaseSource
-from segraft.jobs.model import build_from_start, load_model
+from segraft.jobs.base_source import BaseSource
+from segraft.jobs.bases import build_from_start
+from segraft.jobs.model import load_model
 from segraft.networks import load_checkpoint
 from segraft.training.settings import TrainingSettings
 

@@ -11,8 +11,8 @@ import torch
 from segraft.adapters import AdapterSpec, fingerprint, read_header
 from segraft.errors import SegraftError
 from segraft.jobs import adapt, import_base, load_model, pretrain
-from segraft.jobs.adapting import BaseSource
-from segraft.jobs.model import load_base_of, named_as_loaded
+from segraft.jobs.base_source import BaseSource
+from segraft.jobs.bases import load_base_of, named_as_loaded
 from segraft.networks import Loaded, build, load_base, read_base, save_base
 from segraft.networks.swin import PATH, OriginalSwinUNETR, merges_as_before
 from segraft.training.settings import TrainingSettings

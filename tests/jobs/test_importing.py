@@ -13,10 +13,10 @@ from segraft.data.cohort import Cohort
 from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
 from segraft.jobs import adapt, evaluate, import_base, load_model, pretrain
-from segraft.jobs.adapting import BaseSource
+from segraft.jobs.base_source import BaseSource
+from segraft.jobs.bases import load_base_of, named_as_loaded
 from segraft.jobs.cases import Served
 from segraft.jobs.evaluating import on_cohort
-from segraft.jobs.model import load_base_of, named_as_loaded
 from segraft.networks import Loaded, build, load_base, read_base, save_base
 from segraft.networks.layouts import BTCV, FSEFT
 from segraft.networks.swin import PATH, merges_as_before

@@ -11,9 +11,10 @@ import torch
 from segraft import adapters
 from segraft.adapters import AdapterSpec
 from segraft.jobs import adapt, import_base, load_model
-from segraft.jobs.adapting import BaseSource, adapting_settings
+from segraft.jobs.adapting import adapting_settings
+from segraft.jobs.base_source import BaseSource
+from segraft.jobs.bases import build_from_start
 from segraft.jobs.importing import random_base
-from segraft.jobs.model import build_from_start
 from segraft.networks import build, load_base
 
 NETWORK = {"spatial_dims": 3, "widths": [4, 8], "norm": "instance"}

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from segraft.adapters import AdapterSpec, graft
 from segraft.errors import SegraftError
-from segraft.jobs.model import build_from_start, with_inputs
+from segraft.jobs.bases import build_from_start, with_inputs
 from segraft.networks.inputs import STARTS, Inputs, input_weights, match_inputs, take_inputs, unseen
 
 NETWORKS = {

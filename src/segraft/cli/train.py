@@ -217,7 +217,8 @@ def adapt(
     Example: `segraft adapt --base base --data D/dataset.json --labels 2 --shots 10 --method dora_c --rank 8 --out run`
     """
     from segraft.jobs import adapt as job
-    from segraft.jobs.adapting import BaseSource, adapting_settings
+    from segraft.jobs.adapting import adapting_settings
+    from segraft.jobs.base_source import BaseSource
 
     _settle_memory(training)
     with _first_process_reports():

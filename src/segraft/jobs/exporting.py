@@ -9,8 +9,9 @@ from segraft import adapters
 from segraft.atomic import replacing_folder
 from segraft.errors import SegraftError
 from segraft.exchange.formats import Finished, exporter, require_replaceable
+from segraft.jobs.bases import base_file_of, image_channels, load_base_of
 from segraft.jobs.locating import file_in, holds_base, read_adapter
-from segraft.jobs.model import base_file_of, image_channels, load_base_of, task_of
+from segraft.jobs.task import task_of
 
 
 @dataclass(frozen=True)

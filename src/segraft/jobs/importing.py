@@ -9,9 +9,9 @@ from torch import nn
 
 from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
+from segraft.jobs.bases import build_from_start, named_as_loaded
 from segraft.jobs.cases import Served
 from segraft.jobs.intensities import by_channel
-from segraft.jobs.model import build_from_start, named_as_loaded
 from segraft.jobs.preparing import check_network, checked
 from segraft.jobs.run_folder import RunFolder, versions
 from segraft.networks import Loaded, load_checkpoint, save_base

@@ -18,11 +18,13 @@ from segraft.exchange.peft_folder import PeftFolder, read_peft
 from segraft.exchange.peft_format import RECORD
 from segraft.exchange.peft_import import graft_peft
 from segraft.exchange.peft_settings import RecordedBase
-from segraft.jobs.adapting import BaseSource, LoadedBase, relative_to
+from segraft.jobs.adapting import relative_to
+from segraft.jobs.base_source import BaseSource, LoadedBase
+from segraft.jobs.bases import base_file_of, load_base_of
 from segraft.jobs.locating import ADAPTER_FILE, holds_base
-from segraft.jobs.model import base_file_of, load_base_of, task_record
 from segraft.jobs.preparing import check_network, checked
 from segraft.jobs.run_folder import versions
+from segraft.jobs.task import task_record
 from segraft.networks import read_base
 from segraft.networks.bases import FILE_NAME
 from segraft.networks.heads import Outputs, find_head

@@ -15,9 +15,9 @@ from segraft.data.cohort import Case
 from segraft.data.preparation import Preparation
 from segraft.errors import SegraftError
 from segraft.evaluation.mae_figure import Shown, reconstruction_figure
+from segraft.jobs.bases import build_from
 from segraft.jobs.cases import choose
 from segraft.jobs.intensities import by_channel
-from segraft.jobs.model import build_from
 from segraft.jobs.preparing import settle_preparation
 from segraft.jobs.run_folder import RunFolder, versions
 from segraft.jobs.unlabelled import read_unlabelled

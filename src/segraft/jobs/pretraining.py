@@ -11,8 +11,8 @@ from rich.console import Console
 from segraft.adapters import parameter_table
 from segraft.data.cohort import Cohort
 from segraft.data.preparation import Preparation
+from segraft.jobs.bases import build_from, named_as_loaded
 from segraft.jobs.cases import choose
-from segraft.jobs.model import build_from, named_as_loaded
 from segraft.jobs.preparing import require_same_channels
 from segraft.jobs.run_folder import RunFolder, versions
 from segraft.jobs.training_set import training_set

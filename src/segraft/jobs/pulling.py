@@ -12,8 +12,8 @@ from segraft.errors import SegraftError
 from segraft.exchange import hub
 from segraft.exchange.front_matter import front_matter
 from segraft.exchange.hub import CARD
+from segraft.jobs.bases import require_base_of
 from segraft.jobs.locating import ADAPTER_FILE, read_adapter
-from segraft.jobs.model import require_base_of
 from segraft.networks import Base, read_base
 from segraft.networks.bases import FILE_NAME
 from segraft.networks.trusted import require_trusted

@@ -15,8 +15,8 @@ from segraft.exchange.front_matter import front_matter, metadata_of_others
 from segraft.exchange.hub import CARD
 from segraft.exchange.model_card import OURS, Published, adapter_card, base_card, by_hand
 from segraft.exchange.outgoing import Record, beside, outgoing, without_cases, without_digests
+from segraft.jobs.bases import base_file_of
 from segraft.jobs.locating import ADAPTER_FILE, header_of, holds_base, read_adapter
-from segraft.jobs.model import base_file_of
 from segraft.networks import Base, read_base
 from segraft.networks.bases import FILE_NAME
 

@@ -1,7 +1,6 @@
 """What starts new in an adaptation starts as its seed says: the adapter holds it, the base keeps its own start."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -9,15 +8,13 @@ from torch import Tensor, nn
 from segraft.adapters.edits import Replacement
 from segraft.adapters.graft import grafted_layers
 from segraft.adapters.grafted import grafts_of
-from segraft.jobs.model import build_from_start, image_channels
+from segraft.jobs.base_source import LoadedBase
+from segraft.jobs.bases import build_from_start, image_channels
 from segraft.networks.heads import START_SEED, Outputs, require_head
 from segraft.networks.starting import own_prefixes
 
-if TYPE_CHECKING:
-    from segraft.jobs.adapting import LoadedBase
 
-
-def draw_start(loaded: "LoadedBase", seed: int) -> None:
+def draw_start(loaded: LoadedBase, seed: int) -> None:
     """Draw again, from `seed`, what starts at random in a base and is trained whole.
 
     A base that is built again must be the same, so it always starts from one seed. Adaptations with several seeds would

@@ -13,8 +13,8 @@ from segraft.data.labels import Labels
 from segraft.data.patches import PatchSource
 from segraft.data.scan_preparation import ScanPreparation
 from segraft.jobs.intensities import by_channel
-from segraft.jobs.model import task_record
 from segraft.jobs.preparing import check_network, settle_preparation, takes_missing_channels
+from segraft.jobs.task import task_record
 from segraft.jobs.watching import watched
 from segraft.training.settings import TrainingSettings
 

@@ -17,7 +17,8 @@ from segraft.data.levelling import kept_in
 from segraft.data.nifti import write_mask
 from segraft.errors import SegraftError
 from segraft.evaluation.results import CaseResult, CaseVolumes, save_results
-from segraft.jobs.adapting import BaseSource, adapt
+from segraft.jobs.adapting import adapt
+from segraft.jobs.base_source import BaseSource
 from segraft.jobs.cases import Served
 from segraft.jobs.evaluating import measure
 from segraft.jobs.importing import import_base, random_base

@@ -13,7 +13,9 @@ from segraft import adapters
 from segraft.adapters import AdapterSpec, adapter_tensors, graft
 from segraft.data.labels import Labels
 from segraft.data.preparation import Preparation, Window
-from segraft.jobs.model import build_from_start, load_model, task_record
+from segraft.jobs.bases import build_from_start
+from segraft.jobs.model import load_model
+from segraft.jobs.task import task_record
 from segraft.networks import load_base, save_base
 
 SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {

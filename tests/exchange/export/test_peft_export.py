@@ -263,7 +263,7 @@ def test_the_readme_loads_both_without_segraft_or_with(make, tmp_path, network):
 def test_a_base_with_other_outputs_is_written_beside(make, tmp_path):
     """A task that takes one of the base's two outputs: the base's file alone is not what the adapter is on."""
     made = make("unet", AdapterSpec("dora", rank=2))
-    from segraft.jobs.model import with_outputs
+    from segraft.jobs.bases import with_outputs
     from segraft.networks.heads import Outputs
 
     net, info = load_base(made.base)

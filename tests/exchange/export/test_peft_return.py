@@ -17,7 +17,8 @@ from segraft.adapters import AdapterSpec, read_header
 from segraft.data.labels import Labels
 from segraft.errors import SegraftError
 from segraft.jobs import export, import_peft, load_model
-from segraft.jobs.model import load_base_of, task_record
+from segraft.jobs.bases import load_base_of
+from segraft.jobs.task import task_record
 from segraft.networks import load_base, read_base
 from segraft.networks.heads import Outputs
 
