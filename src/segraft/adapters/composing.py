@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from segraft.adapters.layers import WeightSlot, composing_dtype
+from segraft.adapters.layers import WeightSlot, channel_norm, composing_dtype
 from segraft.adapters.narrow import correlation, wide_product
 from segraft.adapters.stages import Matrices
 
@@ -93,13 +93,6 @@ def _sum_and_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 BLOCKS = 32
-
-
-def channel_norm(weight: Tensor, slot: WeightSlot, magnitude_dim: int | None) -> Tensor:
-    """‖·‖ [channels]; never zero, so that a channel of zeros stays one. The same bits in every memory format."""
-    view = slot.by_output_channel(weight.contiguous(), magnitude_dim)
-    norm: Tensor = torch.linalg.vector_norm(view, dim=(1, 3)).flatten()
-    return norm.clamp_min(torch.finfo(weight.dtype).tiny)
 
 
 def along(values: Tensor, weight: Tensor, channel_dim: int) -> Tensor:

@@ -6,9 +6,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from segraft.adapters.composing import channel_norm, compose
+from segraft.adapters.composing import compose
 from segraft.adapters.formulas import contraction, initial_factors, unit_factors
-from segraft.adapters.layers import WeightSlot, composing_dtype
+from segraft.adapters.layers import WeightSlot, channel_norm, composing_dtype
 from segraft.adapters.spec import Gate
 from segraft.adapters.stages import Matrices, matrices
 

@@ -31,12 +31,12 @@ from torch._compile import _disable_dynamo  # unlike torch.compiler.disable it i
 
 from segraft.adapters.caching import Derived, Source
 from segraft.adapters.choosing import Way, cheapest
-from segraft.adapters.composing import channel_norm, compose
+from segraft.adapters.composing import compose
 from segraft.adapters.edits import Edit, LowRank
 from segraft.adapters.functions import NEXT_TO_ZERO, AdaptedLayer, FrozenLayer, Plan
 from segraft.adapters.grafted import adapted_tensor, base_tensor, grafts_of
 from segraft.adapters.kept import settle_last
-from segraft.adapters.layers import composing_dtype
+from segraft.adapters.layers import channel_norm, composing_dtype
 from segraft.adapters.operators import Operator, operator_of
 from segraft.adapters.parallel import ParallelLayer
 from segraft.adapters.per_channel import run_by_channel

@@ -108,3 +108,10 @@ def row_block(text: str, rows: int, where: str) -> tuple[int, int]:
         raise SegraftError(f"slice {text!r} of {where}: its {rows} rows do not divide into {blocks} equal blocks.")
     size = rows // blocks
     return (block - 1) * size, block * size
+
+
+def channel_norm(weight: Tensor, slot: WeightSlot, magnitude_dim: int | None) -> Tensor:
+    """‖·‖ [channels]; never zero, so that a channel of zeros stays one. The same bits in every memory format."""
+    view = slot.by_output_channel(weight.contiguous(), magnitude_dim)
+    norm: Tensor = torch.linalg.vector_norm(view, dim=(1, 3)).flatten()
+    return norm.clamp_min(torch.finfo(weight.dtype).tiny)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from segraft.adapters.composing import channel_norm
 from segraft.adapters.edits import Edit, LowRank
 from segraft.adapters.graft import grafted_layers
 from segraft.adapters.grafted import base_tensor, grafts_of
+from segraft.adapters.layers import channel_norm
 from segraft.errors import SegraftError
 from segraft.exchange.peft_format import (
     OWN_MODULES,

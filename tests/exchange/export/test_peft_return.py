@@ -129,6 +129,7 @@ class Loose(torch.nn.Module):
 @pytest.mark.parametrize("network", ["test_peft_return:Loose", "unet", "monai.networks.nets:BasicUNet"])
 def test_the_readme_gives_all_arguments(make, tmp_path, network, monkeypatch):
     monkeypatch.syspath_prepend(str(HERE))
+    monkeypatch.setenv("SEGRAFT_TRUST", "test_peft_return")
     arguments = {
         "test_peft_return:Loose": {"width": 6, "slope": 0.7},
         "unet": {"norm": "instance"},
