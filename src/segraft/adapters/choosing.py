@@ -6,6 +6,7 @@ Costs are in multiply-adds of a dense convolution. What the model has to tell ap
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 from torch import Tensor
@@ -30,7 +31,7 @@ Way = Literal["weight", "chain", "parallel"]
 
 def cheapest(
     operator: Operator, chain: Chain, rank: int, x: Tensor, weight: tuple[int, ...], *, magnitude: bool
-) -> list[Way]:
+) -> Sequence[Way]:
     """The ways of executing a layer, cheapest first, by what they do not have in common.
 
     Args:
@@ -41,14 +42,28 @@ def cheapest(
         weight: shape of its weight.
         magnitude: with one (DoRA).
     """
-    model = _Model(x.device.type, x.element_size())
+    return _cheapest(operator, chain, rank, tuple(x.shape), x.device.type, x.element_size(), weight, magnitude)
+
+
+@lru_cache(maxsize=4096)
+def _cheapest(
+    operator: Operator,
+    chain: Chain,
+    rank: int,
+    shape: tuple[int, ...],
+    device: str,
+    itemsize: int,
+    weight: tuple[int, ...],
+    magnitude: bool,  # noqa: FBT001
+) -> Sequence[Way]:
+    model = _Model(device, itemsize)
     o, i, *kernel = weight
     if isinstance(operator, Dense):
-        x_points = g_points = x.numel() // i
+        x_points = g_points = math.prod(shape) // i
     else:
         assert isinstance(operator, Convolution)  # noqa: S101
-        batch = x.shape[0]
-        outside, inside = math.prod(x.shape[2:]), math.prod(x.shape[2:]) // math.prod(operator.stride)
+        batch, *space = shape[:1] + shape[2:]
+        outside, inside = math.prod(space), math.prod(space) // math.prod(operator.stride)
         if operator.transposed:
             inside, outside = outside, outside * math.prod(operator.stride)
         x_points, g_points = batch * outside, batch * inside
@@ -58,7 +73,7 @@ def cheapest(
     composed = 3 * one + product + (3 * one if magnitude else 0)
     formed = model.convolution(i, o, kernel, x_points, g_points, strided=strided) + 3 * one + 2 * product
     contracted = 2 * one + 2 * product if magnitude else 0
-    beside = contracted + 3 * (i * x_points + o * g_points) * x.element_size() * model.byte * (2 if magnitude else 1)
+    beside = contracted + 3 * (i * x_points + o * g_points) * itemsize * model.byte * (2 if magnitude else 1)
     total, entering = 0.0, x_points
     for position, stage in enumerate(chain.stages):
         sizes = [size if mode in stage.kernel_modes else 1 for mode, size in enumerate(kernel)]
@@ -80,7 +95,7 @@ def cheapest(
         "chain": composed + contracted + total,
         "parallel": beside + total,
     }
-    return sorted(costs, key=lambda way: costs[way])
+    return tuple(sorted(costs, key=lambda way: costs[way]))
 
 
 class _Model:

@@ -84,11 +84,10 @@ class AdaptedLayer(torch.autograd.Function):
         plan: Plan = ctx.plan
         operator = plan.operator
         needs = ctx.needs_input_grad
-        sums = operator.channel_sum(g) if needs[2] or (bias is not None and plan.stages) else None
-        of_bias = sums.to(g.dtype) if sums is not None and needs[2] else None
         of_m = of_left = of_right = None
         of_kernels: Sequence[Tensor | None] = [None] * len(kernels)
-        t = magnitude_product(ctx, g, bias, sums) if m is not None and plan.stages else None
+        t, sums = magnitude_product(ctx, g, bias) if m is not None and plan.stages else (None, None)
+        of_bias = bias_gradient(operator, g, sums) if needs[2] else None
         # Only now: the output may be gone, which counts at the peak of a step.
         of_x = operator.input_gradient(g, weight, x) if needs[1] else None
         if plan.stages and (m is None or t is not None):
@@ -121,15 +120,19 @@ def gradients_through_weight(
     return of_m, *contract(gradient, Matrices(left, right, plan.held))
 
 
-def magnitude_product(ctx: Any, g: Tensor, bias: Tensor | None, sums: Tensor | None) -> Tensor | None:
-    """The t = Σ g·(y − b) [o] of a layer, from its kept output, which is let go; None where that is no longer y."""
+def magnitude_product(ctx: Any, g: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The t = Σ g·(y − b) [o] of a layer and Σ g [o], from its kept output, which is let go; None where that is gone."""
     kept: Kept | None = ctx.kept
     if not torch._C._autograd._get_current_graph_task_keep_graph():
         ctx.kept = None  # as autograd frees what it saved
     if kept is None or not kept.is_valid(g):
-        return None
-    t: Tensor = ctx.plan.operator.channel_dot(g, kept.y)
-    return t if bias is None or sums is None else t - bias * sums
+        return None, None
+    return ctx.plan.operator.channel_products(g, kept.y, bias)  # type: ignore[no-any-return]
+
+
+def bias_gradient(operator: Operator, g: Tensor, sums: Tensor | None) -> Tensor:
+    """Σ g [o], unless it is known."""
+    return (operator.channel_sum(g) if sums is None else sums).to(g.dtype)
 
 
 NEXT_TO_ZERO = torch.finfo(torch.float32).eps ** 3

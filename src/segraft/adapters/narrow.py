@@ -4,13 +4,16 @@ torch's own bring the wide side into a layout of theirs, which at these sizes co
 few channels to a vector's length. Here the wide side is read once, in place; only the narrow one is shifted about.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from segraft.adapters.layers import composing_dtype
+from segraft.adapters.products import product, serves
 
 Offset = tuple[int, ...]
 
@@ -23,8 +26,10 @@ def pointwise(matrix: Tensor, x: Tensor) -> Tensor:
 def wide_product(matrix: Tensor, x: Tensor) -> Tensor:
     """[o, i] @ [i, n] for few rows and very many columns: [o, n].
 
-    In blocks of columns, which spreads it better over the cores of a CPU.
+    By BLAS in blocks of columns, which spreads it better over the cores of a CPU.
     """
+    if serves(matrix, x):
+        return product(matrix, x)
     n = x.shape[1]
     blocks = math.gcd(n, 32)
     if x.device.type != "cpu" or n // blocks < 256:
@@ -33,20 +38,87 @@ def wide_product(matrix: Tensor, x: Tensor) -> Tensor:
     return parts.transpose(0, 1).reshape(matrix.shape[0], n)
 
 
-def opposite(offsets: Sequence[Offset]) -> list[Offset]:
-    """Where the output's position lies from each position of the kernel."""
-    return [tuple(-each for each in offset) for offset in offsets]
+@dataclass(frozen=True)
+class Window:
+    """Where the positions of a kernel lie in an image padded with zeros, one tuple entry per spatial dimension.
+
+    Attributes:
+        kernel: its sizes.
+        padding: zeros on both sides; negative where that much is cut off.
+        dilation: steps between its positions.
+        stride: steps between outputs.
+    """
+
+    kernel: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def offsets(self) -> Iterator[tuple[tuple[int, ...], Offset]]:
+        """Each position of the kernel, and where it lies from the output's position."""
+        for position in itertools.product(*map(range, self.kernel)):
+            yield position, tuple(k * d - p for k, d, p in zip(position, self.dilation, self.padding, strict=True))
+
+    def outputs(self, space: Sequence[int]) -> list[int]:
+        """Sizes of the output for an image of these."""
+        geometry = zip(space, self.kernel, self.padding, self.dilation, self.stride, strict=True)
+        return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, p, d, s in geometry]
+
+    def opposite(self) -> "Window":
+        """Of the kernel reversed, from the output's side: where outputs lie from an input, with stride 1."""
+        geometry = zip(self.kernel, self.dilation, self.padding, strict=True)
+        return replace(self, padding=tuple(d * (k - 1) - p for k, d, p in geometry))
+
+    def view(self, x: Tensor, space: Sequence[int]) -> Tensor:
+        """[B, C, *kernel, *space]: x [B, C, …] as each position of the kernel sees it, without copies of it but one."""
+        around = [side for padding in reversed(self.padding) for side in (padding, padding)]
+        x = nn.functional.pad(x, around) if any(around) else x
+        batch, channel, *steps = x.stride()
+        within = [step * d for step, d in zip(steps, self.dilation, strict=True)]
+        onward = [step * s for step, s in zip(steps, self.stride, strict=True)]
+        return x.as_strided((*x.shape[:2], *self.kernel, *space), (batch, channel, *within, *onward))
 
 
-def gather(x: Tensor, offsets: Sequence[Offset], space: Sequence[int], stride: Offset | None = None) -> Tensor:
-    """[B, k·C + c, n] = x[c, n·stride + offset_k], what lies outside being zero; n counts the positions of `space`."""
-    if len(offsets) == 1 and not any(offsets[0]) and tuple(space) == tuple(x.shape[2:]) and x.is_contiguous():
-        return x.flatten(2)
-    copies = x.new_zeros(x.shape[0], len(offsets), x.shape[1], *space)
-    for k, offset in enumerate(offsets):
-        there, here = overlap(offset, x.shape[2:], space, stride)
-        copies[:, k][here].copy_(x[there])
-    return copies.view(x.shape[0], len(offsets) * x.shape[1], -1)
+COPIES, PARTS = 1 << 21, 1 << 23
+"""So many numbers of unfolded copies, or of what is to be folded, at a time: in a processor's cache, or in little memory."""
+
+
+def slabs(space: Sequence[int], channels: int, limit: int) -> Iterator[slice]:
+    """Of the first spatial dimension, so thick that so many channels make no more than `limit` numbers."""
+    size = max(1, limit // max(1, channels * math.prod(space[1:])))
+    for start in range(0, space[0], size):
+        yield slice(start, min(space[0], start + size))
+
+
+def unfolded_correlation(narrow: Tensor, wide: Tensor, window: Window) -> Tensor:
+    """Σ over batch and positions of what the window sees of narrow [B, r, …] times wide [B, c, *space]: [r, *kernel, c]."""
+    space, rows = wide.shape[2:], narrow.shape[1] * math.prod(window.kernel)
+    total: Tensor | None = None
+    for seen, each in zip(window.view(narrow, space), wide, strict=True):
+        for slab in slabs(space, rows, COPIES):
+            unfolded = seen.narrow(-len(space), slab.start, slab.stop - slab.start).reshape(1, rows, -1)
+            found = correlation(unfolded, each[:, slab].reshape(1, len(each), -1))
+            total = found if total is None else total.add_(found)
+    assert total is not None  # noqa: S101  batches are not empty
+    return total.view(narrow.shape[1], *window.kernel, -1)
+
+
+def folded_convolution(x: Tensor, weight: Tensor, window: Window, space: Sequence[int]) -> Tensor:
+    """[B, i, …] ∗ [o, i, *kernel] -> [B, o, *space] for few outputs, with stride 1.
+
+    One product gives what each position of the kernel contributes; these are added up, each where it belongs.
+    """
+    o, i, *kernel = weight.shape
+    matrix = weight.movedim((0, 1), (-2, -1)).reshape(-1, i)
+    y = x.new_zeros(len(x), o, *space)
+    for each_y, each_x in zip(y, x, strict=True):
+        for slab in slabs(x.shape[2:], len(matrix), PARTS):
+            there = (slab.stop - slab.start, *x.shape[3:])
+            parts = wide_product(matrix, each_x[:, slab].reshape(i, -1)).view(*kernel, 1, o, *there)
+            for position, (first, *others) in window.offsets():
+                source, target = overlap((first - slab.start, *others), there, space)
+                each_y[target[1:]] += parts[position][source][0]
+    return y
 
 
 def overlap(
@@ -67,10 +139,13 @@ def overlap(
 def correlation(g: Tensor, x: Tensor) -> Tensor:
     """Σ over batch and positions of g [B, o, n] times x [B, i, n]: [o, i].
 
-    In blocks of positions: as one product, a result so small would leave most cores idle.
+    By BLAS in blocks of positions: as one product, a result so small would leave most cores idle.
     """
     if g.shape[1] > x.shape[1]:
         return correlation(x, g).t()
+    if serves(g[0], x[0].t()):
+        first, *others = (product(each_g, each_x.t()) for each_g, each_x in zip(g, x, strict=True))
+        return sum(others, start=first)
     n, dtype = g.shape[2], composing_dtype(g.dtype)
     blocks = math.gcd(n, 64)
     if n // blocks < 256:

@@ -4,8 +4,8 @@ An operator is the layer's arithmetic without its tensors. Weights are as torch 
 and g the gradient of its output.
 """
 
-import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from segraft.adapters import disjoint
 from segraft.adapters.layers import composing_dtype
-from segraft.adapters.narrow import Offset, correlation, gather, opposite, pointwise
+from segraft.adapters.narrow import Window, folded_convolution, pointwise, unfolded_correlation
 from segraft.adapters.phases import (
     LANES,
     convolve_in_phases,
@@ -23,7 +24,9 @@ from segraft.adapters.phases import (
     phases_for,
     weight_gradient_in_phases,
 )
+from segraft.adapters.products import is_fast, product
 from segraft.adapters.stages import Stage
+from segraft.adapters.sums import products_and_sums
 
 convolve = torch.ops.aten.convolution.default
 convolution_backward = torch.ops.aten.convolution_backward.default
@@ -57,8 +60,8 @@ class Operator(Protocol):
         """[o] sums of something shaped like the output: the gradient of the bias."""
         ...
 
-    def channel_dot(self, g: Tensor, y: Tensor) -> Tensor:
-        """[o] inner products of two things shaped like the output."""
+    def channel_products(self, g: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[o] inner products of g and y − b, both shaped like the output, and [o] sums of g."""
         ...
 
     def over_channels(self, values: Tensor) -> Tensor:
@@ -86,23 +89,23 @@ class Dense:
 
     def through(self, x: Tensor, weight: Tensor) -> Tensor:
         """X ∗ w."""
-        return nn.functional.linear(x, weight)
+        return product(x.reshape(-1, x.shape[-1]), weight.t()).view(*x.shape[:-1], weight.shape[0])
 
     def input_gradient(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
         """Of the input."""
-        return g @ weight
+        return product(g.reshape(-1, g.shape[-1]), weight).view(*g.shape[:-1], weight.shape[1])
 
     def weight_gradient(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG002
         """Of the weight."""
-        return g.reshape(-1, g.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+        return product(g.reshape(-1, g.shape[-1]).t(), x.reshape(-1, x.shape[-1]))
 
     def channel_sum(self, g: Tensor) -> Tensor:
         """[o] sums."""
         return g.reshape(-1, g.shape[-1]).sum(0, dtype=composing_dtype(g.dtype))
 
-    def channel_dot(self, g: Tensor, y: Tensor) -> Tensor:
-        """[o] inner products."""
-        return (g * y).reshape(-1, g.shape[-1]).sum(0, dtype=composing_dtype(g.dtype))
+    def channel_products(self, g: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[o] inner products of g and y − b, and [o] sums of g."""
+        return products_and_sums(g.reshape(-1, g.shape[-1]), y.reshape(-1, y.shape[-1]), bias)
 
     def over_channels(self, values: Tensor) -> Tensor:
         """[o], as it is."""
@@ -117,11 +120,23 @@ class Dense:
         return self
 
 
-LARGE = 1 << 23
-"""Of something this large no copy is made only to add it up."""
-
 FEW = 32
 """Up to so many channels times kernel positions on one side, the weight's gradient is a product of shifted copies."""
+
+FOLDED = 128
+"""Up to so many a convolution is a product, of which the parts are added up, where such products are fast."""
+
+
+def pays_to_unfold(wide: Tensor, channels: int, kernel: Sequence[int]) -> bool:
+    """Whether to take a weight's gradient as products of the wide side with shifted copies of the narrow one."""
+    copies = channels * math.prod(kernel)
+    return copies <= FEW or (channels < LANES <= wide.shape[1] and copies <= 4 * wide.shape[1] and is_fast(wide))
+
+
+def pays_to_fold(x: Tensor, weight: Tensor) -> bool:
+    """Whether to convolve by products, of which the parts are added up."""
+    o, i, *kernel = weight.shape
+    return o < LANES <= i and o * math.prod(kernel) <= FOLDED and is_fast(x)
 
 
 def mirror(weight: Tensor) -> Tensor:
@@ -156,6 +171,9 @@ class Convolution:
             return pointwise(weight.flatten(1), x)
         if self._is_slow_depthwise(x, weight):
             return replace(self, groups=1).forward(x, depthwise_as_dense(weight), None)
+        window = self._window(weight)
+        if self._is_plain(x) and max(self.stride) == 1 and pays_to_fold(x, weight):
+            return folded_convolution(x, weight, window, window.outputs(x.shape[2:]))
         p = self._phases(x, weight.shape[1], weight.shape[0], weight.shape[2])
         if p > 1:
             return convolve_in_phases(x, weight, self.padding, self.dilation, p)
@@ -165,24 +183,28 @@ class Convolution:
         """Of the input."""
         if self._is_pointwise(g, weight):
             return pointwise(weight.flatten(1).t(), g)
+        if self._is_disjoint(g, weight):
+            return disjoint.input_gradient(g, weight)
         adjoint = self._adjoint(weight)
         if adjoint is not None and self._is_slow_depthwise(g, weight):
             return adjoint.through(g, weight.flip((2, 3, 4)))
-        if adjoint is not None and self.groups == 1 and adjoint._phases(g, *weight.shape[:3]) > 1:
+        if adjoint is not None and self.groups == 1 and weight.shape[1] < LANES <= weight.shape[0]:
             return adjoint.through(g, mirror(weight))
         return self._backward(g, x, weight, of_x=True)
 
     def weight_gradient(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Of the weight; where x or g has few channels, a product of shifted copies of it with the other one."""
-        offsets, (o, i, *kernel) = self._offsets(weight), weight.shape
+        o, i, *kernel = weight.shape
         if self._is_slow_depthwise(x, weight):
             return depthwise_weight_gradient(g, x, weight, self.padding, self.dilation)
-        if self._is_narrow(g, weight, i):
-            found = correlation(g.flatten(2), gather(x, offsets, g.shape[2:], self.stride))
-            return found.reshape(o, *kernel, i).movedim(-1, 1)
-        if self._is_narrow(x, weight, o) and max(self.stride) == 1:
-            found = correlation(gather(g, opposite(offsets), x.shape[2:]), x.flatten(2))
-            return found.reshape(*kernel, o, i).movedim((-2, -1), (0, 1))
+        if self._is_disjoint(g, weight) and x.is_contiguous():
+            return disjoint.weight_gradient(g, x, weight)
+        window = self._window(weight)
+        if self._is_plain(g) and pays_to_unfold(g, i, kernel):
+            return unfolded_correlation(x, g, window).movedim(-1, 0)
+        if self._is_plain(x) and max(self.stride) == 1 and pays_to_unfold(x, o, kernel):
+            found = unfolded_correlation(g, x, window.opposite())
+            return found.flip(tuple(range(1, 1 + len(kernel)))).movedim(-1, 1)
         p = self._phases(x, i, o, kernel[0])
         if p > 1:
             return weight_gradient_in_phases(g, x, weight, self.padding, self.dilation, p)
@@ -235,28 +257,26 @@ class Convolution:
         plain = self.groups == 1 and not self.transposed and not any(self.padding) and max(self.stride) == 1
         return plain and weight.shape[2:].numel() == 1 and x.is_contiguous() and x.device.type == "cpu"
 
-    def _is_narrow(self, wide: Tensor, weight: Tensor, channels: int) -> bool:
-        """Whether the side with `channels` has few, and `wide`, the other side, can be read as it lies."""
-        few = channels * weight.shape[2:].numel() <= FEW
-        plain = self.groups == 1 and not self.transposed
-        return few and plain and wide.is_contiguous() and wide.device.type == "cpu"
+    def _is_plain(self, wide: Tensor) -> bool:
+        """Whether the side with many channels can be read as it lies."""
+        return self.groups == 1 and not self.transposed and wide.is_contiguous() and wide.device.type == "cpu"
 
-    def _offsets(self, weight: Tensor) -> list[Offset]:
-        """Where each position of the kernel lies from the output's position."""
-        geometry = zip(weight.shape[2:], self.padding, self.dilation, strict=True)
-        return list(itertools.product(*(range(-p, d * k - p, d) for k, p, d in geometry)))
+    def _is_disjoint(self, g: Tensor, weight: Tensor) -> bool:
+        """Whether it is transposed and its outputs' patches neither overlap nor leave gaps, where products are fast."""
+        alike = self.transposed and self.groups == 1 and self.stride == tuple(weight.shape[2:])
+        plain = not any(self.padding) and not any(self.output_padding) and max(self.dilation) == 1
+        return alike and plain and g.is_contiguous() and is_fast(g)
+
+    def _window(self, weight: Tensor) -> Window:
+        return Window(tuple(weight.shape[2:]), self.padding, self.dilation, self.stride)
 
     def channel_sum(self, g: Tensor) -> Tensor:
         """[o] sums."""
         return g.sum((0, *range(2, g.ndim)), dtype=composing_dtype(g.dtype))
 
-    def channel_dot(self, g: Tensor, y: Tensor) -> Tensor:
-        """[o] inner products."""
-        if g.numel() < LARGE or not (g.is_contiguous() and y.is_contiguous()):
-            return (g * y).sum((0, *range(2, g.ndim)), dtype=composing_dtype(g.dtype))
-        blocks = math.prod(g.shape[:2]) * math.gcd(math.prod(g.shape[2:]), 64)
-        parts = torch.bmm(g.view(blocks, 1, -1), y.view(blocks, -1, 1))
-        return parts.view(*g.shape[:2], -1).sum((0, 2), dtype=composing_dtype(g.dtype))
+    def channel_products(self, g: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[o] inner products of g and y − b, and [o] sums of g."""
+        return products_and_sums(g, y, bias)
 
     def over_channels(self, values: Tensor) -> Tensor:
         """[o] shaped to be broadcast over the output."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from segraft.adapters.composing import Layout, by_row, compose
-from segraft.adapters.functions import Plan, divisor, gradients_through_weight, magnitude_product
+from segraft.adapters.functions import Plan, bias_gradient, divisor, gradients_through_weight, magnitude_product
 from segraft.adapters.kept import Kept
 from segraft.adapters.narrow import correlation, wide_product
 from segraft.adapters.passing import Pass
@@ -104,9 +104,8 @@ class ParallelLayer(torch.autograd.Function):
         operator, depth = plan.operator, len(plan.stages)
         inputs, kernels = rest[:depth], rest[depth:]
         needs = ctx.needs_input_grad
-        sums = operator.channel_sum(g) if needs[2] or (bias is not None and m is not None) else None
-        of_bias = sums.to(g.dtype) if sums is not None and needs[2] else None
-        t = None if m is None else magnitude_product(ctx, g, bias, sums)
+        t, sums = (None, None) if m is None else magnitude_product(ctx, g, bias)
+        of_bias = bias_gradient(operator, g, sums) if needs[2] else None
         scaled = g if m is None else g * operator.over_channels(m / norm)
         run = Pass.of(operator, plan.stages, kernels, inputs[0])
         of_kernels: Sequence[Tensor | None]

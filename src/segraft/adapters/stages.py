@@ -48,12 +48,20 @@ class Chain:
         """One weight [out, in, *kernel] per stage; `factors` as the formula orders them."""
         kernels = []
         for stage, equation, positions in zip(self.stages, self.equations, self.positions, strict=True):
-            kernel = torch.einsum(equation, *(factors[position] for position in positions))
+            kernel = rearranged(equation, factors[positions[0]]) if len(positions) == 1 else torch.einsum(
+                equation, *(factors[position] for position in positions)
+            )
             channels = (kernel.shape[0], 1) if stage.depthwise else tuple(kernel.shape[:2])
             sizes = kernel.shape[len(kernel.shape) - len(stage.kernel_modes) :]
             spread = dict(zip(stage.kernel_modes, sizes, strict=True))
             kernels.append(kernel.reshape(*channels, *(spread.get(d, 1) for d in range(self.kernel_dims))))
         return kernels
+
+
+def rearranged(equation: str, tensor: Tensor) -> Tensor:
+    """An einsum of one tensor that only orders its dimensions anew; einsum takes ten times as long to see that."""
+    before, after = equation.split("->")
+    return tensor if before == after else tensor.permute([before.index(letter) for letter in after])
 
 
 @cache
@@ -119,17 +127,15 @@ def matrices(contraction: Contraction, factors: list[Tensor]) -> Matrices:
     held = [letter for letter in kernel if letter in output]
     others = [letter for letter in kernel if letter in rest]
     rank = next(letter for letter in output if letter not in "o" + KERNEL_LETTERS)
-    left = torch.einsum(f"{output}->o{''.join(held)}{rank}", factors[0])
-    product = torch.einsum(f"{rest}->{rank}i{''.join(others)}", product)
+    left = rearranged(f"{output}->o{''.join(held)}{rank}", factors[0])
+    product = rearranged(f"{rest}->{rank}i{''.join(others)}", product)
     sizes = left.shape[1:-1]
     if left.shape[-1] * sizes.numel() > SPREAD or not held:
         spread = dict(zip(others, product.shape[2:], strict=True))
         right = product.reshape(*product.shape[:2], *(spread.get(letter, 1) for letter in kernel))
         return Matrices(left.flatten(0, -2), right, tuple(2 + kernel.index(letter) for letter in held))
     # [r, i, others] -> [F, r, i, F', others], nonzero where F = F'
-    diagonal = torch.diag_embed(product.unsqueeze(-1).expand(*product.shape, sizes.numel()))
-    diagonal = diagonal.movedim((-2, -1), (0, 3)).reshape(
-        sizes.numel() * product.shape[0], product.shape[1], *sizes, *product.shape[2:]
-    )
+    several = product.unsqueeze(-1).expand(*product.shape, sizes.numel())
+    diagonal = torch.diag_embed(several, dim1=0, dim2=3).reshape(-1, product.shape[1], *sizes, *product.shape[2:])
     order = [(*held, *others).index(letter) for letter in kernel]
     return Matrices(left.flatten(1), diagonal.permute(0, 1, *(2 + position for position in order)))
