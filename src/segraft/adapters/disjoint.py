@@ -10,27 +10,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from segraft.adapters.narrow import stacked
 from segraft.adapters.products import product
 
 
-def patches(g: Tensor, kernel: Sequence[int], space: Sequence[int]) -> Tensor:
-    """[o, *(space · kernel)] -> [o · positions of the kernel, positions of space]."""
-    dims = len(kernel)
-    apart = g.view(len(g), *(size for pair in zip(space, kernel, strict=True) for size in pair))
-    within, onward = range(2, 2 + 2 * dims, 2), range(1, 1 + 2 * dims, 2)
-    return apart.permute(0, *within, *onward).reshape(len(g) * math.prod(kernel), -1)
+def patches(g: Tensor, kernel: Sequence[int]) -> list[Tensor]:
+    """[B, o, *(space · kernel)] -> of each image [o · positions of the kernel, positions of space]."""
+    sizes = [size for whole, k in zip(g.shape[2:], kernel, strict=True) for size in (whole // k, k)]
+    within, onward = range(2, 1 + len(sizes), 2), range(1, 1 + len(sizes), 2)
+    rows = g.shape[1] * math.prod(kernel)
+    return [each.view(-1, *sizes).permute(0, *within, *onward).reshape(rows, -1) for each in g]
 
 
-def input_gradient(g: Tensor, weight: Tensor) -> Tensor:
-    """[B, i, *space] from g [B, o, *(space · kernel)] and the weight [i, o, *kernel]."""
-    kernel = weight.shape[2:]
-    space = [size // k for size, k in zip(g.shape[2:], kernel, strict=True)]
-    found = [product(weight.flatten(1), patches(each, kernel, space)) for each in g]
-    return torch.stack(found).view(len(g), -1, *space)
+def input_gradient(columns: Sequence[Tensor], weight: Tensor, shape: torch.Size) -> Tensor:
+    """Of the input, of this shape [B, i, *space]; from the patches of g and the weight [i, o, *kernel]."""
+    return stacked([product(weight.flatten(1), each) for each in columns]).view(shape)
 
 
-def weight_gradient(g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """[i, o, *kernel] from g and x [B, i, *space]; of the weight only its shape matters."""
-    pairs = zip(g, x, strict=True)
-    found = [product(each_x.flatten(1), patches(each_g, weight.shape[2:], x.shape[2:]).t()) for each_g, each_x in pairs]
-    return sum(found[1:], start=found[0]).view(weight.shape)
+def weight_gradient(columns: Sequence[Tensor], x: Tensor, shape: torch.Size) -> Tensor:
+    """Of the weight, of this shape [i, o, *kernel]; from the patches of g and x [B, i, *space]."""
+    first, *others = (product(each_x.flatten(1), each.t()) for each_x, each in zip(x, columns, strict=True))
+    return sum(others, start=first).view(shape)

@@ -40,7 +40,7 @@ from segraft.adapters.layers import channel_norm, composing_dtype
 from segraft.adapters.operators import Operator, operator_of
 from segraft.adapters.parallel import ParallelLayer
 from segraft.adapters.per_channel import run_by_channel
-from segraft.adapters.stages import chain, matrices
+from segraft.adapters.stages import SPREAD, SPREAD_BESIDE, chain, matrices
 from segraft.errors import SegraftError
 
 AnyWay = Literal["composed"] | Way
@@ -187,13 +187,14 @@ def _run_adapted(layer: nn.Module, x: Tensor, before: Sequence[Edit], edit: LowR
     factors = edit.scaled_factors()
     # The matrices need no graph where only the chain takes gradients to the factors.
     with torch.set_grad_enabled(in_graph):
-        update = matrices(edit.contraction, factors) if in_graph or way != "parallel" else None
+        beside = way == "parallel"
+        update = matrices(edit.contraction, factors, SPREAD_BESIDE if beside else SPREAD) if in_graph or not beside else None
     pair = (update.left, update.right) if update is not None and in_graph else (None, None)
     stages = links.stages if way != "weight" else ()
     kernels = links.kernels(factors) if stages else []
     plan = Plan(operator, stages, edit.slot, edit.magnitude_dim, () if update is None else update.held)
     y: Tensor
-    if update is None or way == "parallel":
+    if update is None or beside:
         norm = None if edit.m is None else _norm_of(layer, base.detach(), edit)
         y = ParallelLayer.apply(plan, x, _bias(layer, x), base.detach(), norm, edit.m, *pair, *kernels)  # type: ignore[no-untyped-call]
     else:

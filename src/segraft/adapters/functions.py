@@ -88,30 +88,24 @@ class AdaptedLayer(torch.autograd.Function):
         of_kernels: Sequence[Tensor | None] = [None] * len(kernels)
         t, sums = magnitude_product(ctx, g, bias) if m is not None and plan.stages else (None, None)
         of_bias = bias_gradient(operator, g, sums) if needs[2] else None
-        # Only now: the output may be gone, which counts at the peak of a step.
-        of_x = operator.input_gradient(g, weight, x) if needs[1] else None
         if plan.stages and (m is None or t is not None):
+            # Only now: the output may be gone, which counts at the peak of a step.
+            of_x = operator.input_gradient(g, weight, x) if needs[1] else None
             of_kernels = chain_gradients(plan, g, x, kernels, None if m is None else m / norm)
             if m is not None and t is not None:
                 of_m = t.to(m.dtype) / divisor(m)
                 of_left, of_right = contract(weight.to(left.dtype), Matrices(left, right, plan.held), -of_m / norm)
         else:
-            of_m, of_left, of_right = gradients_through_weight(plan, g, x, weight, norm, m, left, right)
+            of_x, of_weight = operator.gradients(g, x, weight, of_x=needs[1])
+            of_m, of_left, of_right = gradients_through_weight(plan, of_weight, weight, norm, m, left, right)
         return None, of_x, of_bias, None, None, of_m, of_left, of_right, *of_kernels
 
 
 def gradients_through_weight(
-    plan: Plan,
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    norm: Tensor | None,
-    m: Tensor | None,
-    left: Tensor,
-    right: Tensor,
+    plan: Plan, gradient: Tensor, weight: Tensor, norm: Tensor | None, m: Tensor | None, left: Tensor, right: Tensor
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Of the magnitudes and of the two matrices, by forming that of the whole weight W."""
-    gradient, of_m = plan.operator.weight_gradient(g, x, weight).to(left.dtype), None
+    """Of the magnitudes and of the two matrices, from the gradient of the whole weight W."""
+    gradient, of_m = gradient.to(left.dtype), None
     if m is not None and norm is not None:
         dims = [d for d in range(gradient.ndim) if d != plan.channel_dim]
         of_m = (gradient * weight).sum(dims) / divisor(m)

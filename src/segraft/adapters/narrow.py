@@ -20,7 +20,12 @@ Offset = tuple[int, ...]
 
 def pointwise(matrix: Tensor, x: Tensor) -> Tensor:
     """[o, i] applied to the channels of x [B, i, *space]."""
-    return torch.stack([wide_product(matrix, each) for each in x.flatten(2)]).view(len(x), -1, *x.shape[2:])
+    return stacked([wide_product(matrix, each) for each in x.flatten(2)]).view(len(x), -1, *x.shape[2:])
+
+
+def stacked(each: Sequence[Tensor]) -> Tensor:
+    """A batch of these; of one alone no copy."""
+    return each[0].unsqueeze(0) if len(each) == 1 else torch.stack(list(each))
 
 
 def wide_product(matrix: Tensor, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from segraft.adapters import disjoint
 from segraft.adapters.layers import composing_dtype
-from segraft.adapters.narrow import Window, folded_convolution, pointwise, unfolded_correlation
+from segraft.adapters.narrow import Window, correlation, folded_convolution, pointwise, unfolded_correlation
 from segraft.adapters.phases import (
     LANES,
     convolve_in_phases,
@@ -54,6 +54,10 @@ class Operator(Protocol):
 
     def weight_gradient(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Of the weight; of `weight` itself only its shape and memory format matter."""
+        ...
+
+    def gradients(self, g: Tensor, x: Tensor, weight: Tensor, *, of_x: bool) -> tuple[Tensor | None, Tensor]:
+        """Of the input, if wanted, and of the weight."""
         ...
 
     def channel_sum(self, g: Tensor) -> Tensor:
@@ -98,6 +102,10 @@ class Dense:
     def weight_gradient(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG002
         """Of the weight."""
         return product(g.reshape(-1, g.shape[-1]).t(), x.reshape(-1, x.shape[-1]))
+
+    def gradients(self, g: Tensor, x: Tensor, weight: Tensor, *, of_x: bool) -> tuple[Tensor | None, Tensor]:
+        """Of the input, if wanted, and of the weight."""
+        return self.input_gradient(g, weight, x) if of_x else None, self.weight_gradient(g, x, weight)
 
     def channel_sum(self, g: Tensor) -> Tensor:
         """[o] sums."""
@@ -184,7 +192,7 @@ class Convolution:
         if self._is_pointwise(g, weight):
             return pointwise(weight.flatten(1).t(), g)
         if self._is_disjoint(g, weight):
-            return disjoint.input_gradient(g, weight)
+            return disjoint.input_gradient(disjoint.patches(g, weight.shape[2:]), weight, x.shape)
         adjoint = self._adjoint(weight)
         if adjoint is not None and self._is_slow_depthwise(g, weight):
             return adjoint.through(g, weight.flip((2, 3, 4)))
@@ -198,7 +206,9 @@ class Convolution:
         if self._is_slow_depthwise(x, weight):
             return depthwise_weight_gradient(g, x, weight, self.padding, self.dilation)
         if self._is_disjoint(g, weight) and x.is_contiguous():
-            return disjoint.weight_gradient(g, x, weight)
+            return disjoint.weight_gradient(disjoint.patches(g, kernel), x, weight.shape)
+        if self._is_pointwise(x, weight) and g.is_contiguous() and is_fast(x):
+            return correlation(g.flatten(2), x.flatten(2)).view(weight.shape)
         window = self._window(weight)
         if self._is_plain(g) and pays_to_unfold(g, i, kernel):
             return unfolded_correlation(x, g, window).movedim(-1, 0)
@@ -213,6 +223,13 @@ class Convolution:
         if adjoint is not None and p > 1:
             return mirror(weight_gradient_in_phases(x, g, mirror(weight), adjoint.padding, adjoint.dilation, p))
         return self._backward(g, x, weight, of_x=False)
+
+    def gradients(self, g: Tensor, x: Tensor, weight: Tensor, *, of_x: bool) -> tuple[Tensor | None, Tensor]:
+        """Of the input, if wanted, and of the weight."""
+        if of_x and self._is_disjoint(g, weight) and x.is_contiguous():
+            columns = disjoint.patches(g, weight.shape[2:])
+            return disjoint.input_gradient(columns, weight, x.shape), disjoint.weight_gradient(columns, x, weight.shape)
+        return self.input_gradient(g, weight, x) if of_x else None, self.weight_gradient(g, x, weight)
 
     def _phases(self, x: Tensor, i: int, o: int, kernel: int) -> int:
         """How many outputs in a row `phases` can take at a time, of a kernel of this size in the first dimension."""

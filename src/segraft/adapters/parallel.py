@@ -121,6 +121,7 @@ class ParallelLayer(torch.autograd.Function):
             # The output was overwritten.
             update = Matrices(left, right, plan.held)
             weight, norm = compose(base, update, m, plan.slot, plan.magnitude_dim)
-            of_m, of_left, of_right = gradients_through_weight(plan, g, inputs[0], weight, norm, m, left, right)
+            of_weight = operator.weight_gradient(g, inputs[0], weight)
+            of_m, of_left, of_right = gradients_through_weight(plan, of_weight, weight, norm, m, left, right)
             of_kernels = [None] * depth
         return None, of_x, of_bias, None, None, of_m, of_left, of_right, *of_kernels

@@ -11,6 +11,9 @@ from torch import Tensor
 ENOUGH = 1 << 22
 """Multiply-adds from which on calling oneDNN pays: a call takes some 15 µs."""
 
+FEW_ROWS, LONG = 4, 1 << 19
+"""With fewer rows or columns than this, or longer ones, it leaves cores idle."""
+
 HAS_ONEDNN = (
     torch.backends.mkldnn.is_available()
     and torch.backends.cpu.get_cpu_capability().startswith("AVX")
@@ -44,7 +47,8 @@ def serves(a: Tensor, b: Tensor) -> bool:
         return False
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return False
-    return a.shape[0] * a.shape[1] * b.shape[1] >= ENOUGH
+    (m, k), n = a.shape, b.shape[1]
+    return m * k * n >= ENOUGH and min(m, n) >= FEW_ROWS and k <= LONG
 
 
 def _rows_by_columns(rows: Tensor, columns: Tensor) -> Tensor:

@@ -109,11 +109,12 @@ class Matrices:
     held: tuple[int, ...] = ()
 
 
-SPREAD = 96
-"""Up to this ρ, a product with zeros in it costs less than to bring the weight into the order of its factors."""
+SPREAD, SPREAD_BESIDE = 192, 96
+"""Up to this ρ, a product with zeros in it costs less than to bring the weight into the order of its factors: where the
+weight is composed, and where only its norm is taken."""
 
 
-def matrices(contraction: Contraction, factors: list[Tensor]) -> Matrices:
+def matrices(contraction: Contraction, factors: list[Tensor], spread_up_to: int = SPREAD) -> Matrices:
     """ΔW, unscaled, as a product of two matrices that is differentiable in the factors.
 
     ρ is R. Where the output factor holds kernel modes (LoRA-C) either the rows count them too, or, for small ρ, ρ is
@@ -130,7 +131,7 @@ def matrices(contraction: Contraction, factors: list[Tensor]) -> Matrices:
     left = rearranged(f"{output}->o{''.join(held)}{rank}", factors[0])
     product = rearranged(f"{rest}->{rank}i{''.join(others)}", product)
     sizes = left.shape[1:-1]
-    if left.shape[-1] * sizes.numel() > SPREAD or not held:
+    if left.shape[-1] * sizes.numel() > spread_up_to or not held:
         spread = dict(zip(others, product.shape[2:], strict=True))
         right = product.reshape(*product.shape[:2], *(spread.get(letter, 1) for letter in kernel))
         return Matrices(left.flatten(0, -2), right, tuple(2 + kernel.index(letter) for letter in held))
