@@ -7,7 +7,7 @@ Costs are in multiply-adds of a dense convolution. What the model has to tell ap
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -42,7 +42,8 @@ def cheapest(
         weight: shape of its weight.
         magnitude: with one (DoRA).
     """
-    return _cheapest(operator, chain, rank, tuple(x.shape), x.device.type, x.element_size(), weight, magnitude)
+    key: Any = (operator, chain, rank, tuple(x.shape), x.device.type, x.element_size(), weight, magnitude)
+    return _cheapest(*key)
 
 
 @lru_cache(maxsize=4096)

@@ -86,7 +86,7 @@ def compose(
 
 
 def _sum_and_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Base + left @ right; by BLAS in blocks of rows, which spreads so flat a product better over the cores of a CPU."""
+    """Base + left @ right; by BLAS in blocks of rows, which spread so flat a product better over the cores of a CPU."""
     if serves(left, right):
         return product(left, right).add_(base)
     if base.device.type != "cpu" or base.numel() < 1 << 20 or len(base) % BLOCKS:

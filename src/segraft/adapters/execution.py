@@ -20,6 +20,7 @@ factors is
 where t = Σ g·(y − b) takes no more than the output, which is there for the next layer's sake.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -146,12 +147,16 @@ def _can_divide_by(edit: Edit) -> bool:
     if not isinstance(edit, LowRank) or edit.m is None:
         return True
     if edit.m.device.type == "cpu":
-        return bool(edit.m.detach().abs().min() > NEXT_TO_ZERO)
+        return _smallest(edit.m) > NEXT_TO_ZERO
     seen: tuple[int, bool] | None = edit.__dict__.get("divisible")
     if seen is None or seen[0] != edit.m.data_ptr():
-        seen = edit.m.data_ptr(), bool(edit.m.detach().abs().min() > NEXT_TO_ZERO)
+        seen = edit.m.data_ptr(), _smallest(edit.m) > NEXT_TO_ZERO
         edit.__dict__["divisible"] = seen
     return seen[1]
+
+
+def _smallest(m: Tensor) -> float:
+    return float(torch.linalg.vector_norm(m.detach(), -math.inf))
 
 
 def _saving_is_somebody_elses() -> bool:
@@ -181,14 +186,14 @@ def _run_adapted(layer: nn.Module, x: Tensor, before: Sequence[Edit], edit: LowR
     links, wanted = chain(edit.contraction), _WAY.get()
     ways = cheapest(operator, links, edit.rank, x, tuple(base.shape), magnitude=edit.m is not None)
     if wanted is not None and wanted != "composed":
-        ways = [wanted, *ways]
+        ways = (wanted, *ways)
     way = next(way for way in ways if _is_possible(way, operator, edit, x, base, is_own=base is own))
     in_graph = way == "weight" or edit.m is not None
-    factors = edit.scaled_factors()
-    # The matrices need no graph where only the chain takes gradients to the factors.
-    with torch.set_grad_enabled(in_graph):
-        beside = way == "parallel"
-        update = matrices(edit.contraction, factors, SPREAD_BESIDE if beside else SPREAD) if in_graph or not beside else None
+    factors, beside, update = edit.scaled_factors(), way == "parallel", None
+    if in_graph or not beside:
+        # The matrices need no graph where only the chain takes gradients to the factors.
+        with torch.set_grad_enabled(in_graph):
+            update = matrices(edit.contraction, factors, SPREAD_BESIDE if beside else SPREAD)
     pair = (update.left, update.right) if update is not None and in_graph else (None, None)
     stages = links.stages if way != "weight" else ()
     kernels = links.kernels(factors) if stages else []

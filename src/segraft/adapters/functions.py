@@ -115,7 +115,7 @@ def gradients_through_weight(
 
 
 def magnitude_product(ctx: Any, g: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The t = Σ g·(y − b) [o] of a layer and Σ g [o], from its kept output, which is let go; None where that is gone."""
+    """The t = Σ g·(y − b) [o] of a layer and Σ g [o], from its kept output, which is let go; None where gone."""
     kept: Kept | None = ctx.kept
     if not torch._C._autograd._get_current_graph_task_keep_graph():
         ctx.kept = None  # as autograd frees what it saved
@@ -134,8 +134,11 @@ NEXT_TO_ZERO = torch.finfo(torch.float32).eps ** 3
 
 
 def divisor(m: Tensor) -> Tensor:
-    """The magnitudes [channels], where they are not next to zero; there y − b, and so t, is zero too."""
-    return torch.where(m.abs() > NEXT_TO_ZERO, m, 1.0)
+    """The magnitudes [channels], where they are not next to zero; there y − b, and so t, is zero too.
+
+    On a CPU `execution` has looked that none is.
+    """
+    return m if m.device.type == "cpu" else torch.where(m.abs() > NEXT_TO_ZERO, m, 1.0)
 
 
 def chain_gradients(plan: Plan, g: Tensor, x: Tensor, kernels: Sequence[Tensor], gain: Tensor | None) -> list[Tensor]:

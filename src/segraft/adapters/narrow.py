@@ -85,7 +85,7 @@ class Window:
 
 
 COPIES, PARTS = 1 << 21, 1 << 23
-"""So many numbers of unfolded copies, or of what is to be folded, at a time: in a processor's cache, or in little memory."""
+"""So many numbers of unfolded copies, or of parts to be folded, at a time: what a cache holds, and little memory."""
 
 
 def slabs(space: Sequence[int], channels: int, limit: int) -> Iterator[slice]:
@@ -96,7 +96,7 @@ def slabs(space: Sequence[int], channels: int, limit: int) -> Iterator[slice]:
 
 
 def unfolded_correlation(narrow: Tensor, wide: Tensor, window: Window) -> Tensor:
-    """Σ over batch and positions of what the window sees of narrow [B, r, …] times wide [B, c, *space]: [r, *kernel, c]."""
+    """Σ over batch and space of narrow [B, r, …], as a window sees it, times wide [B, c, *space]: [r, *kernel, c]."""
     space, rows = wide.shape[2:], narrow.shape[1] * math.prod(window.kernel)
     total: Tensor | None = None
     for seen, each in zip(window.view(narrow, space), wide, strict=True):

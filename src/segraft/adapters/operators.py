@@ -141,12 +141,6 @@ def pays_to_unfold(wide: Tensor, channels: int, kernel: Sequence[int]) -> bool:
     return copies <= FEW or (channels < LANES <= wide.shape[1] and copies <= 4 * wide.shape[1] and is_fast(wide))
 
 
-def pays_to_fold(x: Tensor, weight: Tensor) -> bool:
-    """Whether to convolve by products, of which the parts are added up."""
-    o, i, *kernel = weight.shape
-    return o < LANES <= i and o * math.prod(kernel) <= FOLDED and is_fast(x)
-
-
 def mirror(weight: Tensor) -> Tensor:
     """[o, i, *kernel] -> [i, o, *kernel reversed]."""
     return weight.flip(tuple(range(2, weight.ndim))).transpose(0, 1).contiguous()
@@ -179,10 +173,11 @@ class Convolution:
             return pointwise(weight.flatten(1), x)
         if self._is_slow_depthwise(x, weight):
             return replace(self, groups=1).forward(x, depthwise_as_dense(weight), None)
-        window = self._window(weight)
-        if self._is_plain(x) and max(self.stride) == 1 and pays_to_fold(x, weight):
+        o, i, *kernel = weight.shape
+        if self._pays_to_fold(x, i, o, kernel):
+            window = self._window(weight)
             return folded_convolution(x, weight, window, window.outputs(x.shape[2:]))
-        p = self._phases(x, weight.shape[1], weight.shape[0], weight.shape[2])
+        p = self._phases(x, i, o, kernel[0])
         if p > 1:
             return convolve_in_phases(x, weight, self.padding, self.dilation, p)
         return self.forward(x, weight, None)
@@ -196,7 +191,8 @@ class Convolution:
         adjoint = self._adjoint(weight)
         if adjoint is not None and self._is_slow_depthwise(g, weight):
             return adjoint.through(g, weight.flip((2, 3, 4)))
-        if adjoint is not None and self.groups == 1 and weight.shape[1] < LANES <= weight.shape[0]:
+        o, i, *kernel = weight.shape
+        if adjoint is not None and (adjoint._pays_to_fold(g, o, i, kernel) or adjoint._phases(g, o, i, kernel[0]) > 1):
             return adjoint.through(g, mirror(weight))
         return self._backward(g, x, weight, of_x=True)
 
@@ -219,7 +215,7 @@ class Convolution:
         if p > 1:
             return weight_gradient_in_phases(g, x, weight, self.padding, self.dilation, p)
         adjoint = self._adjoint(weight)
-        p = 1 if adjoint is None or self.groups > 1 else adjoint._phases(g, o, i, kernel[0])
+        p = 1 if adjoint is None else adjoint._phases(g, o, i, kernel[0])
         if adjoint is not None and p > 1:
             return mirror(weight_gradient_in_phases(x, g, mirror(weight), adjoint.padding, adjoint.dilation, p))
         return self._backward(g, x, weight, of_x=False)
@@ -273,6 +269,11 @@ class Convolution:
         """Whether it is one matrix product over the memory of `x` as it lies."""
         plain = self.groups == 1 and not self.transposed and not any(self.padding) and max(self.stride) == 1
         return plain and weight.shape[2:].numel() == 1 and x.is_contiguous() and x.device.type == "cpu"
+
+    def _pays_to_fold(self, x: Tensor, i: int, o: int, kernel: Sequence[int]) -> bool:
+        """Whether to convolve by products, of which the parts are added up."""
+        few = o < LANES <= i and o * math.prod(kernel) <= FOLDED and max(self.stride) == 1
+        return few and self._is_plain(x) and is_fast(x)
 
     def _is_plain(self, wide: Tensor) -> bool:
         """Whether the side with many channels can be read as it lies."""

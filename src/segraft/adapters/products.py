@@ -15,7 +15,7 @@ FEW_ROWS, LONG = 4, 1 << 19
 """With fewer rows or columns than this, or longer ones, it leaves cores idle."""
 
 HAS_ONEDNN = (
-    torch.backends.mkldnn.is_available()
+    torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
@@ -24,8 +24,8 @@ HAS_ONEDNN = (
 def product(a: Tensor, b: Tensor) -> Tensor:
     """[m, k] @ [k, n]: [m, n]. Where no gradient is recorded, as inside of autograd's functions, as fast as it can be.
 
-    Rows of the one meet columns of the other, in memory: `a` is read by rows, or else `b` by columns; where neither lies
-    like that, the smaller one is copied.
+    `a` is read row by row as it lies, or else `b` column by column; where neither lies like that, the smaller one is
+    copied.
     """
     if not serves(a, b):
         return a @ b

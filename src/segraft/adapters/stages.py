@@ -48,9 +48,8 @@ class Chain:
         """One weight [out, in, *kernel] per stage; `factors` as the formula orders them."""
         kernels = []
         for stage, equation, positions in zip(self.stages, self.equations, self.positions, strict=True):
-            kernel = rearranged(equation, factors[positions[0]]) if len(positions) == 1 else torch.einsum(
-                equation, *(factors[position] for position in positions)
-            )
+            several = [factors[position] for position in positions]
+            kernel = rearranged(equation, *several) if len(several) == 1 else torch.einsum(equation, *several)
             channels = (kernel.shape[0], 1) if stage.depthwise else tuple(kernel.shape[:2])
             sizes = kernel.shape[len(kernel.shape) - len(stage.kernel_modes) :]
             spread = dict(zip(stage.kernel_modes, sizes, strict=True))

@@ -36,9 +36,11 @@ def products_and_sums(g: Tensor, y: Tensor, shift: Tensor | None) -> tuple[Tenso
         positions = math.prod(g.shape[2:])
         parts = math.gcd(positions, BLOCKS) if positions >= MANY else 1
         g, y = (each.view(each.shape[0], channels * parts, -1) for each in (g, y))
-    mean = g.new_zeros(channels) if shift is None else shift.to(dtype)
-    one = g.new_ones(channels * parts)
-    _, products, sums = torch.ops.aten.native_batch_norm_backward(
-        g, y, None, mean.repeat_interleave(parts), one, None, None, False, 0.0, [False, True, True]  # noqa: FBT003
-    )
+    mean = g.new_zeros(channels * parts) if shift is None else shift.to(dtype)
+    if parts > 1 and shift is not None:
+        mean = mean.repeat_interleave(parts)
+    statistics = (mean, g.new_ones(channels * parts), None, None)
+    outputs = [False, True, True]
+    training, eps = False, 0.0
+    _, products, sums = torch.ops.aten.native_batch_norm_backward(g, y, None, *statistics, training, eps, outputs)
     return products.view(channels, parts).sum(1), sums.view(channels, parts).sum(1)
