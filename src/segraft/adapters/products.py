@@ -6,7 +6,7 @@ AMD EPYC with three threads, products of more than 10^8 multiply-adds take a thi
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ENOUGH = 1 << 22
 """Multiply-adds from which on calling oneDNN pays: a call takes some 15 µs."""
@@ -43,12 +43,22 @@ def is_fast(x: Tensor) -> bool:
 
 def serves(a: Tensor, b: Tensor) -> bool:
     """Whether oneDNN computes this one."""
-    if not HAS_ONEDNN or a.dtype != torch.float32 or b.dtype != torch.float32 or a.device.type != "cpu":
+    if not (is_fast(a) and is_fast(b)) or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
         return False
-    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+    if _is_traced(a, b):
         return False
     (m, k), n = a.shape, b.shape[1]
     return m * k * n >= ENOUGH and min(m, n) >= FEW_ROWS and k <= LONG
+
+
+def _is_traced(*tensors: Tensor) -> bool:
+    """Whether these stand for others: compilers, exporters and torch.func know BLAS's products alone."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors)
+    )
 
 
 def _rows_by_columns(rows: Tensor, columns: Tensor) -> Tensor:
