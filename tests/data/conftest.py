@@ -1,4 +1,4 @@
-"""Small cohorts on disk."""
+"""Small cohorts on disk; a DICOM series, and a SEG on it."""
 
 import json
 from collections.abc import Callable
@@ -8,8 +8,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from tests.data.dicom_segs import LABELS, mask_of, series
+from tests.data.dicom_segs import write as write_seg
 
 from segraft.data.cohort import Case
+from segraft.data.dicom_seg_writing import Found
 
 WriteCase = Callable[..., Case]
 
@@ -54,3 +57,15 @@ def write_listing(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def scan(tmp_path: Path) -> Path:
+    """The folder of a DICOM series."""
+    return series(tmp_path / "scan")
+
+
+@pytest.fixture
+def seg(scan: Path, tmp_path: Path) -> Path:
+    """A DICOM SEG on `scan`: the labels of `mask_of()`."""
+    return write_seg(Found(LABELS, mask_of(), {}), scan, tmp_path / "seg.dcm")
