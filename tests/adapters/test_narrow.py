@@ -1,13 +1,27 @@
 """Matrix products over few channels against torch's own convolutions and their gradients."""
 
+import itertools
+import math
+from dataclasses import replace
+from unittest.mock import Mock
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from segraft.adapters import disjoint, narrow, operators
 from segraft.adapters.execution import execution
-from segraft.adapters.narrow import correlation, gather, opposite, overlap, pointwise
+from segraft.adapters.narrow import (
+    Window,
+    correlation,
+    folded_convolution,
+    overlap,
+    pointwise,
+    slabs,
+    unfolded_correlation,
+)
 from segraft.adapters.operators import Convolution, Dense
 
 CONVOLVE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
@@ -57,28 +71,133 @@ def test_overlap(offset, there, here, step):
     assert list(range(there))[source[2]] == [n * step + offset for n in met]
 
 
-@given(st.data())
-def test_gather(data):
-    dims = data.draw(st.integers(1, 3))
-    sizes = [data.draw(st.integers(1, 4)) for _ in range(dims)]
-    space = [data.draw(st.integers(1, 4)) for _ in range(dims)]
-    stride = tuple(data.draw(st.integers(1, 3)) for _ in range(dims))
-    offset = st.tuples(*[st.integers(-5, 5)] * dims)
-    offsets = data.draw(st.lists(offset, min_size=1, max_size=4, unique=True))
-    x = draw(2, 3, *sizes)
-    found = gather(x, offsets, space, stride).view(2, len(offsets), 3, *space)
-    for k, each in enumerate(offsets):
-        for index in torch.cartesian_prod(*(torch.arange(size) for size in space)).reshape(-1, dims).tolist():
-            there = [n * s + o for n, s, o in zip(index, stride, each, strict=True)]
-            inside = all(0 <= position < size for position, size in zip(there, sizes, strict=True))
+@st.composite
+def windows(draw_from):
+    """A window and an image in which it has outputs."""
+    dims = draw_from(st.integers(1, 3))
+
+    def each(low, high):
+        return tuple(draw_from(st.integers(low, high)) for _ in range(dims))
+
+    kernel, dilation, stride = each(1, 3), each(1, 3), each(1, 3)
+    reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    padding = tuple(draw_from(st.integers(-2, r)) for r in reach)
+    # As large as it must be that something is left of it, and that the kernel fits.
+    sizes = [max(1, 1 - 2 * p, r - 2 * p) + more for p, r, more in zip(padding, reach, each(0, 4), strict=True)]
+    return Window(kernel, padding, dilation, stride), sizes
+
+
+@given(windows(), st.booleans())
+def test_a_window_sees_the_image_with_zeros_around_it(given_window, dense):
+    window, sizes = given_window
+    space = window.outputs(sizes)
+    x = draw(2, 3, *sizes) if dense else draw(2, *sizes, 6).movedim(-1, 1)[:, ::2]
+    found = window.view(x, space)
+    assert found.shape == (2, 3, *window.kernel, *space)
+    for position in itertools.product(*map(range, window.kernel)):
+        for output in itertools.product(*map(range, space)):
+            there = [
+                n * s + k * d - p
+                for n, s, k, d, p in zip(output, window.stride, position, window.dilation, window.padding, strict=True)
+            ]
+            inside = all(0 <= n < size for n, size in zip(there, sizes, strict=True))
             expected = x[(slice(None), slice(None), *there)] if inside else torch.zeros(2, 3).double()
-            assert torch.equal(found[(slice(None), k, slice(None), *index)], expected)
-    assert opposite(opposite(offsets)) == offsets
+            assert torch.equal(found[(slice(None), slice(None), *position, *output)], expected)
 
 
+@given(windows())
+def test_offsets_say_where_each_position_of_a_kernel_lies(given_window):
+    window, _ = given_window
+    found = dict(window.offsets())
+    assert list(found) == list(itertools.product(*map(range, window.kernel)))
+    for position, offset in found.items():
+        geometry = zip(position, window.dilation, window.padding, strict=True)
+        assert offset == tuple(k * d - p for k, d, p in geometry)
+
+
+@given(windows())
+def test_a_window_has_as_many_outputs_as_torchs_convolution(given_window):
+    window, sizes = given_window
+    inner = [n + 2 * p for n, p in zip(sizes, window.padding, strict=True)]  # torch pads by no negative number
+    y = CONVOLVE[len(sizes)](
+        torch.zeros(1, 1, *inner), torch.zeros(1, 1, *window.kernel), stride=window.stride, dilation=window.dilation
+    )
+    assert window.outputs(sizes) == list(y.shape[2:])
+
+
+@given(windows())
+def test_the_opposite_window_leads_back(given_window):
+    window, sizes = given_window
+    assert window.opposite().opposite() == window
+    window = replace(window, stride=(1,) * len(sizes))
+    assert window.opposite().outputs(window.outputs(sizes)) == sizes
+    # With the kernel reversed, what was seen from an output sees that output.
+    back = dict(window.opposite().offsets())
+    for position, offset in window.offsets():
+        reversed_position = tuple(k - 1 - at for k, at in zip(window.kernel, position, strict=True))
+        assert back[reversed_position] == tuple(-n for n in offset)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 20), st.integers(1, 500))
+def test_slabs_cover_the_first_dimension_once_and_keep_to_the_limit(space, channels, limit):
+    found = list(slabs(space, channels, limit))
+    assert [n for slab in found for n in range(slab.start, slab.stop)] == list(range(space[0]))
+    for slab in found:
+        count = slab.stop - slab.start
+        assert count == 1 or count * channels * math.prod(space[1:]) <= limit
+
+
+@pytest.fixture
+def small_slabs(monkeypatch):
+    monkeypatch.setattr(narrow, "COPIES", 40)
+    monkeypatch.setattr(narrow, "PARTS", 40)
+
+
+GEOMETRIES = [
+    ((9,), (3,), (1,), (1,)),
+    ((12,), (4,), (0,), (2,)),
+    ((7, 5), (3, 3), (1, 1), (1, 1)),
+    ((8, 6), (2, 3), (3, 0), (2, 1)),
+    ((6, 5, 4), (3, 3, 3), (1, 1, 1), (1, 1, 1)),
+    ((5, 6, 7), (1, 2, 3), (0, 2, 1), (1, 2, 3)),
+]
+
+
+@pytest.mark.usefixtures("small_slabs")
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("space", "kernel", "padding", "dilation"), GEOMETRIES)
+def test_folded_convolution_in_slabs(space, kernel, padding, dilation, batch):
+    window = Window(kernel, padding, dilation, (1,) * len(space))
+    x, weight = draw(batch, 17, *space), draw(3, 17, *kernel, seed=1)
+    expected = CONVOLVE[len(space)](x, weight, padding=padding, dilation=dilation)
+    assert len(list(slabs(space, 3 * math.prod(kernel), narrow.PARTS))) > 1
+    found = folded_convolution(x, weight, window, window.outputs(space))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.usefixtures("small_slabs")
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize(("space", "kernel", "padding", "dilation"), GEOMETRIES)
+def test_unfolded_correlation_in_slabs(space, kernel, padding, dilation, batch, strided):
+    """Against the gradient of the weight, of which it is the transpose."""
+    stride = tuple(range(2, 2 + len(space))) if strided else (1,) * len(space)
+    window, x = Window(kernel, padding, dilation, stride), draw(batch, 3, *space)
+    weight = draw(17, 3, *kernel, seed=1).requires_grad_()
+    y = CONVOLVE[len(space)](x, weight, stride=stride, padding=padding, dilation=dilation)
+    g = draw(*y.shape, seed=2)
+    (expected,) = torch.autograd.grad(y, weight, g)
+    torch.testing.assert_close(unfolded_correlation(x, g, window), expected.movedim(0, -1))
+
+
+CHANNELS = [(1, 4), (4, 1), (40, 40), (2, 35), (35, 2), (3, 3)]
+EITHER_SIDE_OF_A_VECTOR = [(20, 3), (3, 20), (16, 8), (20, 20), (3, 3)]
+
+
+@pytest.mark.parametrize("fast", [False, True])
 @settings(max_examples=150)
 @given(st.data())
-def test_every_gradient_of_a_convolution(data):
+def test_every_gradient_of_a_convolution(fast, data):
     """With few channels on either side and with many, in every geometry and both memory formats."""
     dims = data.draw(st.integers(1, 3))
 
@@ -88,13 +207,18 @@ def test_every_gradient_of_a_convolution(data):
     kernel, stride = each(1, 3), data.draw(st.sampled_from([(1,) * dims, each(1, 3)]))
     dilation = data.draw(st.sampled_from([(1,) * dims, each(1, 3)]))
     padding = tuple(data.draw(st.integers(0, d * (k - 1) + 1)) for k, d in zip(kernel, dilation, strict=True))
+    transposed = data.draw(st.booleans())
+    apart = transposed and data.draw(st.booleans())  # patches of the output neither overlap nor leave gaps
+    if apart:
+        stride, dilation, padding = kernel, (1,) * dims, (0,) * dims
     sizes = tuple(
         max(1, n + d * (k - 1) - 2 * p)
         for n, k, d, p in zip(each(1, 5), kernel, dilation, padding, strict=True)
     )  # fmt: skip
-    transposed = data.draw(st.booleans())
-    i, o = data.draw(st.sampled_from([(1, 4), (4, 1), (40, 40), (2, 35), (35, 2), (3, 3)]))
+    i, o = data.draw(st.sampled_from(EITHER_SIDE_OF_A_VECTOR if fast else CHANNELS))
     extra = tuple(data.draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
+    if apart:
+        extra = (0,) * dims
     if transposed:
         padding = tuple(min(p, d * (k - 1) // 2) for p, k, d in zip(padding, kernel, dilation, strict=True))
     operator = Convolution(stride, padding, dilation, extra if transposed else (0,) * dims, transposed)
@@ -105,22 +229,127 @@ def test_every_gradient_of_a_convolution(data):
         y = TRANSPOSED[dims](x, weight, output_padding=extra, **options)
     else:
         y = CONVOLVE[dims](x, weight, **options)
-    g = draw(*y.shape, seed=2)
-    of_x, of_weight = torch.autograd.grad(y, (x, weight), g)
-    for layout in (torch.contiguous_format, FORMATS[dims + 2]):
-        entering, leaving, w = (each.detach().contiguous(memory_format=layout) for each in (x, g, weight))
-        torch.testing.assert_close(operator.forward(entering, w, None), y.detach())
-        torch.testing.assert_close(operator.through(entering, w), y.detach())
-        torch.testing.assert_close(operator.input_gradient(leaving, w, entering), of_x)
-        torch.testing.assert_close(operator.weight_gradient(leaving, entering, w), of_weight)
-        torch.testing.assert_close(operator.channel_sum(leaving), torch.einsum("bo...->o", g))
-        torch.testing.assert_close(operator.channel_dot(leaving, y.detach()), torch.einsum("bo...,bo...->o", g, y))
-    # What a broadcast sum hands back has no memory of its own.
-    flat = torch.ones(()).double().expand(g.shape)
-    of_x, of_weight = torch.autograd.grad((y := CONVOLVE[dims](x, weight, **options)) if not transposed else
-        (y := TRANSPOSED[dims](x, weight, output_padding=extra, **options)), (x, weight), flat)  # fmt: skip
-    torch.testing.assert_close(operator.input_gradient(flat, weight.detach(), x.detach()), of_x)
-    torch.testing.assert_close(operator.weight_gradient(flat, x.detach(), weight.detach()), of_weight)
+    g, bias = draw(*y.shape, seed=2), draw(o, seed=3)
+    of_x, of_weight = torch.autograd.grad(y, (x, weight), g, retain_graph=True)
+    y = y.detach()
+    sums, products = torch.einsum("bo...->o", g), torch.einsum("bo...,bo...->o", g, y)
+    with pytest.MonkeyPatch.context() as patch:
+        if fast:
+            patch.setattr(operators, "is_fast", as_if_fast)
+        for layout in (torch.contiguous_format, FORMATS[dims + 2]):
+            entering, leaving, w = (each.detach().contiguous(memory_format=layout) for each in (x, g, weight))
+            torch.testing.assert_close(operator.forward(entering, w, None), y)
+            torch.testing.assert_close(operator.through(entering, w), y)
+            torch.testing.assert_close(operator.input_gradient(leaving, w, entering), of_x)
+            torch.testing.assert_close(operator.weight_gradient(leaving, entering, w), of_weight)
+            both = operator.gradients(leaving, entering, w, of_x=True)
+            torch.testing.assert_close(both, (of_x, of_weight))
+            assert operator.gradients(leaving, entering, w, of_x=False)[0] is None
+            torch.testing.assert_close(operator.channel_sum(leaving), sums)
+            torch.testing.assert_close(operator.channel_products(leaving, y, None), (products, sums))
+            torch.testing.assert_close(operator.channel_products(leaving, y, bias), (products - bias * sums, sums))
+        # What a broadcast sum hands back has no memory of its own.
+        flat = torch.ones(()).double().expand(g.shape)
+        torch.testing.assert_close(operator.channel_products(flat, y, bias)[1], torch.einsum("bo...->o", flat))
+        found = operator.input_gradient(flat, weight.detach(), x.detach())
+        found_of_weight = operator.weight_gradient(flat, x.detach(), weight.detach())
+    # The expected ones once more, by torch.
+    again = TRANSPOSED[dims](x, weight, output_padding=extra, **options) if transposed else CONVOLVE[dims](
+        x, weight, **options
+    )  # fmt: skip
+    of_x, of_weight = torch.autograd.grad(again, (x, weight), flat)
+    torch.testing.assert_close(found, of_x)
+    torch.testing.assert_close(found_of_weight, of_weight)
+
+
+def as_if_fast(x):
+    return x.device.type == "cpu"
+
+
+@pytest.fixture
+def spied(monkeypatch):
+    """spied(name) -> a mock through which the operators call this function; the fast routes are open in float64."""
+    monkeypatch.setattr(operators, "is_fast", as_if_fast)
+
+    def spy(name, of=operators):
+        mock = Mock(wraps=getattr(of, name))
+        monkeypatch.setattr(of, name, mock)
+        return mock
+
+    return spy
+
+
+def plane(stride=1, padding=0, transposed=False):
+    return Convolution((stride,) * 2, (padding,) * 2, (1, 1), (0, 0), transposed)
+
+
+def test_a_convolution_to_few_channels_is_folded(spied):
+    spy = spied("folded_convolution")
+    plane(padding=1).through(draw(1, 20, 6, 6), draw(3, 20, 3, 3))
+    assert spy.call_count == 1
+    plane(padding=1).through(draw(1, 3, 6, 6), draw(20, 3, 3, 3))
+    plane(stride=2, padding=1).through(draw(1, 20, 6, 6), draw(3, 20, 3, 3))
+    assert spy.call_count == 1
+
+
+def test_the_input_gradient_of_few_channels_is_folded(spied):
+    spy = spied("folded_convolution")
+    plane(padding=1).input_gradient(draw(1, 20, 6, 6), draw(20, 3, 3, 3), draw(1, 3, 6, 6))
+    assert spy.call_count == 1
+
+
+@pytest.mark.parametrize(("o", "i"), [(20, 8), (8, 20)])
+def test_the_weight_gradient_with_few_channels_on_a_side_is_a_correlation_with_what_is_unfolded(spied, o, i):
+    """Of more copies than are worth it without fast products."""
+    spy = spied("unfolded_correlation")
+    plane(padding=1).weight_gradient(draw(1, o, 6, 6), draw(1, i, 6, 6), draw(o, i, 3, 3))
+    assert spy.call_count == 1
+    narrow, wide = spy.call_args.args[:2]
+    assert (narrow.shape[1], wide.shape[1]) == (8, 20)
+
+
+def test_the_weight_gradient_of_a_kernel_of_one_is_a_correlation(spied):
+    spy = spied("correlation")
+    plane().weight_gradient(draw(1, 20, 6, 6), draw(1, 40, 6, 6), draw(20, 40, 1, 1))
+    assert spy.call_count == 1
+
+
+def test_both_gradients_of_a_transposed_layer_share_its_patches(spied):
+    patches, of_input, of_weight = (spied(name, disjoint) for name in ("patches", "input_gradient", "weight_gradient"))
+    g, x, weight = draw(2, 10, 6, 6), draw(2, 20, 3, 3), draw(20, 10, 2, 2)
+    plane(stride=2, transposed=True).gradients(g, x, weight, of_x=True)
+    assert (patches.call_count, of_input.call_count, of_weight.call_count) == (1, 1, 1)
+    plane(stride=2, transposed=True).gradients(g, x, weight, of_x=False)
+    assert (patches.call_count, of_input.call_count, of_weight.call_count) == (2, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        Convolution((2, 2), (1, 1), (1, 1), (0, 0), transposed=True),
+        Convolution((2, 2), (0, 0), (1, 1), (1, 1), transposed=True),
+        Convolution((2, 2), (0, 0), (2, 2), (0, 0), transposed=True),
+        Convolution((2, 1), (0, 0), (1, 1), (0, 0), transposed=True),
+        Convolution((2, 2), (0, 0), (1, 1), (0, 0), transposed=False),
+    ],
+)
+def test_patches_that_overlap_or_are_cut_are_not_disjoint(spied, operator):
+    spy = spied("patches", disjoint)
+    x, weight = draw(1, 4, 6, 6), draw(4, 4, 2, 2)
+    g = draw(*operator.forward(x, weight, None).shape)
+    operator.gradients(g, x, weight, of_x=True)
+    assert not spy.called
+
+
+def test_where_products_are_not_fast_torchs_own_serve(monkeypatch):
+    """Float64, as it is."""
+    for name in ("folded_convolution", "unfolded_correlation", "correlation"):
+        monkeypatch.setattr(operators, name, Mock(side_effect=AssertionError))
+    monkeypatch.setattr(disjoint, "patches", Mock(side_effect=AssertionError))
+    plane(padding=1).through(draw(1, 20, 6, 6), draw(3, 20, 3, 3))
+    plane(padding=1).weight_gradient(draw(1, 20, 6, 6), draw(1, 8, 6, 6), draw(20, 8, 3, 3))
+    plane().weight_gradient(draw(1, 40, 6, 6), draw(1, 40, 6, 6), draw(40, 40, 1, 1))
+    plane(stride=2, transposed=True).gradients(draw(1, 10, 6, 6), draw(1, 20, 3, 3), draw(20, 10, 2, 2), of_x=True)
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3), (2, 3, 4)])
@@ -134,7 +363,13 @@ def test_linear_maps(batch):
     torch.testing.assert_close(operator.input_gradient(g, weight, x), of_x)
     torch.testing.assert_close(operator.weight_gradient(g, x, weight), of_weight)
     torch.testing.assert_close(operator.channel_sum(g), g.reshape(-1, 4).sum(0))
-    torch.testing.assert_close(operator.channel_dot(g, y), (g * y).reshape(-1, 4).sum(0))
+    y, bias = y.detach(), draw(4, seed=3)
+    sums, products = g.reshape(-1, 4).sum(0), (g * y).reshape(-1, 4).sum(0)
+    torch.testing.assert_close(operator.channel_products(g, y, None), (products, sums))
+    torch.testing.assert_close(operator.channel_products(g, y, bias), (products - bias * sums, sums))
+    both = operator.gradients(g, x.detach(), weight.detach(), of_x=True)
+    torch.testing.assert_close(both, (of_x, of_weight))
+    assert operator.gradients(g, x, weight, of_x=False)[0] is None
 
 
 @pytest.mark.parametrize("method", ["conv_lora", "dora_c"])

@@ -47,16 +47,18 @@ def serves(a: Tensor, b: Tensor) -> bool:
         return False
     if _is_traced(a, b):
         return False
-    (m, k), n = a.shape, b.shape[1]
-    return m * k * n >= ENOUGH and min(m, n) >= FEW_ROWS and k <= LONG
+    (m, k), (rows, n) = a.shape, b.shape
+    return k == rows and m * k * n >= ENOUGH and min(m, n) >= FEW_ROWS and k <= LONG
 
 
 def _is_traced(*tensors: Tensor) -> bool:
-    """Whether these stand for others: compilers, exporters and torch.func know BLAS's products alone."""
+    """Whether these stand for others: compilers, exporters, counters and torch.func know BLAS's products alone."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
         or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors)
     )
 

@@ -7,11 +7,8 @@ from torch import Tensor
 
 from segraft.adapters.layers import composing_dtype
 
-BLOCKS = 16
-"""So many parts of a channel are summed apart, which is more exact, and as many cores have work with few channels."""
-
-
-MANY = 1 << 14
+BLOCKS, MANY = 16, 1 << 14
+"""So many parts of a channel with so many numbers are summed apart, which is more exact, and keeps cores at work."""
 
 
 def products_and_sums(g: Tensor, y: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -25,22 +22,33 @@ def products_and_sums(g: Tensor, y: Tensor, shift: Tensor | None) -> tuple[Tenso
         y: like g.
         shift: [C]; None: zero.
     """
-    channels, dtype = g.shape[1], composing_dtype(g.dtype)
-    if g.device.type != "cpu" or g.dtype != dtype or y.dtype != dtype or (g.ndim == 2 and channels < BLOCKS):
+    dtype = composing_dtype(g.dtype)
+    if not _can_be_read_once(g, y, dtype):
         others = [d for d in range(g.ndim) if d != 1]
         sums = g.sum(others, dtype=dtype)
+        if shift is not None and y.dtype == dtype:  # before they are multiplied: they may nearly cancel
+            y, shift = y - shift.to(dtype).view(-1, *(1 for _ in range(y.ndim - 2))), None
         products = (g * y).sum(others, dtype=dtype)
         return products if shift is None else products - shift * sums, sums
-    parts = 1
-    if g.ndim > 2 and g.is_contiguous() and y.is_contiguous():
-        positions = math.prod(g.shape[2:])
-        parts = math.gcd(positions, BLOCKS) if positions >= MANY else 1
-        g, y = (each.view(each.shape[0], channels * parts, -1) for each in (g, y))
-    mean = g.new_zeros(channels * parts) if shift is None else shift.to(dtype)
-    if parts > 1 and shift is not None:
-        mean = mean.repeat_interleave(parts)
-    statistics = (mean, g.new_ones(channels * parts), None, None)
-    outputs = [False, True, True]
-    training, eps = False, 0.0
-    _, products, sums = torch.ops.aten.native_batch_norm_backward(g, y, None, *statistics, training, eps, outputs)
-    return products.view(channels, parts).sum(1), sums.view(channels, parts).sum(1)
+    channels, positions = g.shape[1], math.prod(g.shape[2:]) if g.ndim > 2 else len(g)
+    parts = math.gcd(positions, BLOCKS) if positions >= MANY else 1
+    mean = g.new_zeros(channels) if shift is None else shift.to(dtype)
+    if parts > 1:
+        apart = (len(g), channels * parts, -1) if g.ndim > 2 else (-1, parts * channels)
+        g, y = g.view(apart), y.view(apart)
+        mean = mean.repeat_interleave(parts) if g.ndim > 2 else mean.repeat(parts)
+    statistics, training, eps = (mean, g.new_ones(channels * parts), None, None), False, 0.0
+    wanted = [False, True, True]
+    _, *found = torch.ops.aten.native_batch_norm_backward(g, y, None, *statistics, training, eps, wanted)
+    products, sums = found
+    if parts == 1:
+        return products, sums
+    if g.ndim > 2:
+        return products.view(channels, parts).sum(1), sums.view(channels, parts).sum(1)
+    return products.view(parts, channels).sum(0), sums.view(parts, channels).sum(0)
+
+
+def _can_be_read_once(g: Tensor, y: Tensor, dtype: torch.dtype) -> bool:
+    """On a CPU, densely, channels first or as rows: in other orders that backward pass adds up inexactly."""
+    alike = g.dtype == y.dtype == dtype and g.device.type == "cpu" and g.numel() > 0
+    return alike and g.is_contiguous() and y.is_contiguous() and (g.ndim > 2 or g.shape[1] >= BLOCKS)
