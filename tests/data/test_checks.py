@@ -3,6 +3,7 @@ import pytest
 
 from segraft.data.checks import check_cases, check_image, load_case
 from segraft.data.cohort import Case, Cohort
+from segraft.data.preparation import Preparation, prepare_case
 from segraft.errors import SegraftError
 
 IMAGE = np.random.default_rng(0).normal(size=(5, 6, 7)).astype(np.float32)
@@ -61,6 +62,61 @@ def test_shifted_label(write_case):
     image, label = write_case("a", IMAGE, LABEL), write_case("b", IMAGE, LABEL, affine=np.diag([1.0, 1, 2, 1]))
     with pytest.raises(SegraftError, match=r"different grids \(positions"):
         load_case(Case("a", "a", image.images, label.label))
+
+
+class TestALabelOnAnotherGridThanTheFirstChannel:
+    """What the user can do, and that it helps."""
+
+    NAMES = ("FLAIR", "T1")
+    THICK = np.diag([1.0, 1, 2, 1])
+    RESAMPLED = Preparation(channel_grids="resample", patch=(4, 4, 4))
+
+    def refusal(self, *images, names=NAMES, label):
+        with pytest.raises(SegraftError) as error:
+            prepare_case(Case("a", "a", images, label, channels=names), self.RESAMPLED, {1: "anterior"})
+        return str(error.value)
+
+    @pytest.fixture
+    def fine(self, write_case):
+        return write_case("fine", IMAGE, LABEL)
+
+    @pytest.fixture
+    def thick(self, write_case):
+        return write_case("thick", IMAGE[..., :4], LABEL[..., :4], affine=self.THICK)
+
+    def test_of_one_channel(self, fine, thick):
+        told = self.refusal(thick.image, names=(), label=fine.label)
+        assert f"{fine.label} and its image {thick.image} lie on different grids" in told
+        assert told.endswith(
+            ": resample the image onto the grid of the label, or the label onto that of the image (labels by nearest "
+            "neighbour)."
+        )
+
+    def test_where_the_first_is_missing(self, fine, thick):
+        told = self.refusal(None, thick.image, label=fine.label)
+        assert f"{fine.label} and its image {thick.image} lie on different grids" in told
+        assert told.endswith(
+            ": the case lacks FLAIR, so T1 is its first channel, and --channel-grids is for channels among themselves: "
+            "resample that image onto the grid of the label, or the label onto that of the image (labels by nearest "
+            "neighbour)."
+        )
+
+    def test_where_all_are_there(self, fine, thick):
+        told = self.refusal(thick.image, thick.image, label=fine.label)
+        assert "lacks" not in told
+        assert "): --channel-grids is for channels among themselves: resample that image" in told
+
+    def test_where_another_has_the_grid_of_the_label(self, fine, thick):
+        told = self.refusal(thick.image, fine.image, label=fine.label)
+        assert told.endswith(
+            ": it has that of the channel T1, and must have that of the first, FLAIR: list T1 first among the "
+            "channels, with --channel-grids resample for the others, or resample the label onto FLAIR (labels by "
+            "nearest neighbour)."
+        )
+        turned = Case("a", "a", (fine.image, thick.image), fine.label, channels=self.NAMES[::-1])
+        prepared = prepare_case(turned, self.RESAMPLED, {1: "anterior"})
+        assert prepared["image"].shape == (2, *IMAGE.shape)
+        assert int(prepared["label"].sum()) == LABEL.sum()
 
 
 def test_unknown_value(write_case, cohort):

@@ -1,6 +1,7 @@
 """Two tiny cohorts, a study of eleven runs that takes seconds, and processes that are started without their imports."""
 
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -9,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,7 @@ def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder.mkdir()
     (folder / "odd.py").write_text(ODD)
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+    monkeypatch.setenv("SEGRAFT_TRUST", "tests,odd")  # as studies in files name it
     monkeypatch.syspath_prepend(folder)
     yield folder
     sys.modules.pop("odd", None)
@@ -275,6 +277,24 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
     for each in started:
         each.kill()
         each.process.close()
+
+
+@pytest.fixture
+def segraft(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """segraft(*arguments): (exit code, standard output, standard error) of the command line in this process."""
+    from segraft.cli import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        monkeypatch.setattr(sys, "argv", ["segraft", "study", *map(str, arguments)])
+        try:
+            with redirect_stdout(out), redirect_stderr(err):
+                main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, out.getvalue(), err.getvalue()
+
+    return call
 
 
 def call_of_segraft(*arguments: object) -> str:

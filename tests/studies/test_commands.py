@@ -1,39 +1,18 @@
 """`segraft study run` and `segraft study show`, called as a user calls them."""
 
-import io
 import json
 import re
 import shutil
-import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from segraft.cli import main
 from segraft.studies.planning import PLAN, Plan, plan
 from segraft.studies.run import Runs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def segraft(monkeypatch):
-    """segraft(*arguments): (exit code, standard output, standard error) of the command line in this process."""
-
-    def call(*arguments):
-        out, err, code = io.StringIO(), io.StringIO(), 0
-        monkeypatch.setattr(sys, "argv", ["segraft", "study", *map(str, arguments)])
-        try:
-            with redirect_stdout(out), redirect_stderr(err):
-                main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, out.getvalue(), err.getvalue()
-
-    return call
 
 
 @pytest.fixture

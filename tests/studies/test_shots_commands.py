@@ -1,15 +1,11 @@
 """Studies of shots, called as a user calls them, on tiny cohorts; and how numbers are spread over an option."""
 
-import io
 import json
 import re
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
 
-from segraft.cli import main
 from segraft.cli.spreading import spread
 from segraft.networks import build
 from segraft.studies.run import REQUEST
@@ -29,23 +25,6 @@ SHOTS = {
     ],
     "reference": "lora 1 (unet)",
 }
-
-
-@pytest.fixture
-def segraft(monkeypatch):
-    """segraft(*arguments): (exit code, standard output, standard error) of the command line in this process."""
-
-    def call(*arguments):
-        out, err, code = io.StringIO(), io.StringIO(), 0
-        monkeypatch.setattr(sys, "argv", ["segraft", "study", *map(str, arguments)])
-        try:
-            with redirect_stdout(out), redirect_stderr(err):
-                main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, out.getvalue(), err.getvalue()
-
-    return call
 
 
 @pytest.fixture

@@ -42,13 +42,12 @@ def import_(
 
     Example: `segraft import foundation.pt --spacing 1.5 1.5 1.5 --window -175 250 --crop-foreground --out base`
     """
-    if (weights / "adapter_config.json").is_file():
-        if network_args:
-            raise SegraftError("--network-args goes with weights; the base of an adapter of PEFT has its own.")
+    of_peft = (weights / "adapter_config.json").is_file()
+    if of_peft and network_args:
+        raise SegraftError("--network-args goes with weights; the base of an adapter of PEFT has its own.")
+    if of_peft or base is not None:
         _of_peft(weights, out, base, labels=split(labels), preparation=preparation, overwrite=overwrite, common=common)
         return
-    if base is not None:
-        raise SegraftError(f"--base goes with a folder of PEFT, and {weights} is none: leave it out.")
     from segraft.jobs import import_base
 
     result = import_base(

@@ -83,6 +83,29 @@ class Schedule(StrEnum):
     constant = "constant"
 
 
+Trust = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Package whose networks are built where files name them, as its code then runs; repeat for several "
+        "[SEGRAFT_TRUST].",
+        metavar="PACKAGE",
+        rich_help_panel=COMMON,
+    ),
+]
+
+
+def vouch(packages: list[str] | None) -> None:
+    """Trust these packages in this process and those that it starts.
+
+    Raises:
+        SegraftError: one is no package's name.
+    """
+    if packages:
+        from segraft.networks import trust
+
+        trust(*packages)
+
+
 @dataclass(frozen=True)
 class Common:
     """Options that every command takes, so that a script can pass one set of options to all.
@@ -109,21 +132,10 @@ def common(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of tables.", rich_help_panel=COMMON)
     ] = False,
-    trust: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Package whose networks are built where files name them, as its code then runs; repeat for several "
-            "[SEGRAFT_TRUST].",
-            metavar="PACKAGE",
-            rich_help_panel=COMMON,
-        ),
-    ] = None,
+    trust: Trust = None,
 ) -> Common:
     """Seed, device, precision, JSON; and packages to trust, which hold for the whole process."""
-    if trust:
-        from segraft.networks import trust as vouch
-
-        vouch(*trust)
+    vouch(trust)
     return Common(seed, device.value, precision.value, as_json)
 
 

@@ -7,7 +7,7 @@ import typer
 
 from segraft.allocation import keep_freed_memory
 from segraft.cli.app import err, json_object, show_frame, show_json, show_line, show_notes, split
-from segraft.cli.options import Labels, NetworkArguments
+from segraft.cli.options import Labels, NetworkArguments, Trust, vouch
 from segraft.cli.spreading import SpreadingCommand
 
 study = typer.Typer(help="Studies: grids of adaptations, each trained once, and their report.", add_completion=False)
@@ -42,6 +42,7 @@ def run(
     engine: Annotated[str, typer.Option(help="local, or ray (a cluster; its address in RAY_ADDRESS).")] = "local",
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time (ray: per machine).")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    trust: Trust = None,
 ) -> None:
     """Run a study; what is finished is not done again. Options stand above what the study's file says.
 
@@ -54,6 +55,7 @@ def run(
     from segraft.studies.running import run_study
 
     keep_freed_memory()
+    vouch(trust)
     given = {
         "data": data,
         "pretrain_data": pretrain_data,

@@ -12,7 +12,7 @@ from segraft.data.channels import Scan
 from segraft.data.cohort import Case, Cohort
 from segraft.data.dicom_seg import read_segments
 from segraft.data.labels import Labels
-from segraft.data.nifti import load_nifti, require_same_grid
+from segraft.data.nifti import load_nifti, require_same_grid, same_grid
 from segraft.data.organ_masks import Overlap, join_masks
 from segraft.data.scans import load_scan
 from segraft.errors import SegraftError
@@ -102,13 +102,35 @@ def _load(case: Case, asked: Collection[int] | None) -> tuple[Scan, nib.Nifti1Im
     if case.segment_labels is not None:
         return scan, read_segments(path, case.segment_labels, asked, scan.first, scan.path), Overlap()
     label = load_nifti(path, what="label")
-    require_same_grid(label, path, scan.first, scan.path)
+    require_same_grid(label, path, scan.first, scan.path, cure=_cure(scan, label))
     data = np.asanyarray(label.dataobj)
     if data.dtype.kind == "f" and not np.array_equal(data, np.rint(data)):
         raise SegraftError(f"the label {path} holds fractions: store whole label numbers.")
     if data.min() < 0:
         raise SegraftError(f"the label {path} holds the negative value {data.min():g}: use 0 for background.")
     return scan, label, Overlap()
+
+
+def _cure(scan: Scan, label: nib.Nifti1Image) -> str | None:
+    """What to do about a label on another grid than the first channel that is there; None where there is only one.
+
+    Channels are brought to that grid, not labels: what is measured would depend on it.
+    """
+    if len(scan.channels) == 1:
+        return None
+    there = [(name, channel) for name, channel in zip(scan.names, scan.channels, strict=True) if channel is not None]
+    first = there[0][0]
+    like = [name for name, channel in there if same_grid(channel, label)]
+    if like:
+        return (
+            f"it has that of the channel {like[0]}, and must have that of the first, {first}: list {like[0]} first "
+            f"among the channels, with --channel-grids resample for the others, or resample the label onto {first}"
+        )
+    why = "" if first == scan.names[0] else f"the case lacks {scan.names[0]}, so {first} is its first channel, and "
+    return (
+        f"{why}--channel-grids is for channels among themselves: resample that image onto the grid of the label, or "
+        "the label onto that of the image"
+    )
 
 
 def check_cases(

@@ -83,8 +83,10 @@ def same_grid(a: nib.Nifti1Image, b: nib.Nifti1Image) -> bool:
     return bool(a.shape == b.shape and np.allclose(a.affine, b.affine, rtol=0, atol=_GRID_TOLERANCE))
 
 
-def require_same_grid(label: nib.Nifti1Image, path: Path, image: nib.Nifti1Image, scan: Path) -> None:
-    """Refuse a label on another grid than its image; the paths of both are for the message.
+def require_same_grid(
+    label: nib.Nifti1Image, path: Path, image: nib.Nifti1Image, scan: Path, *, cure: str | None = None
+) -> None:
+    """Refuse a label on another grid than its image; the paths of both, and what to do, are for the message.
 
     Raises:
         SegraftError: shapes or positions differ.
@@ -94,7 +96,8 @@ def require_same_grid(label: nib.Nifti1Image, path: Path, image: nib.Nifti1Image
     where = "shapes" if image.shape != label.shape else "positions, of shape"
     raise SegraftError(
         f"the label {path} and its image {scan} lie on different grids ({where} {label.shape} and {image.shape}): "
-        "resample the label onto its image."
+        f"{cure or 'resample the image onto the grid of the label, or the label onto that of the image'} (labels by "
+        "nearest neighbour)."
     )
 
 

@@ -56,8 +56,10 @@ def read_peft(path: Path) -> PeftFolder:
     """Read a folder of PEFT, without running code of it.
 
     Raises:
-        SegraftError: it lacks a file, or is of a method or with a setting that Segraft has no counterpart of.
+        SegraftError: there is no such folder, it lacks a file, or is of a method or with a setting that Segraft has no
+            counterpart of.
     """
+    _require_adapter(path)
     config = _json(path / CONFIG)
     _check(config, path / CONFIG)
     config = Settings.of(config, path / CONFIG)
@@ -76,6 +78,27 @@ def read_peft(path: Path) -> PeftFolder:
         if value.is_complex() or not bool(torch.isfinite(value).all()):
             raise SegraftError(f"{file} holds {key}, whose values are not all finite numbers: train the adapter again.")
     return PeftFolder(path, config, {key.removeprefix(PREFIX): value for key, value in tensors.items()}, record)
+
+
+def _require_adapter(path: Path) -> None:
+    """Say what is at a path, if anything, where it is no adapter of PEFT.
+
+    Raises:
+        SegraftError: nothing, a file, or a folder of something else.
+    """
+    what = f"a folder that PEFT's save_pretrained wrote, with {CONFIG} in it"
+    if not path.exists():
+        raise SegraftError(f"{path} does not exist: give {what}.")
+    if path.is_dir():
+        if not (path / CONFIG).is_file():
+            raise SegraftError(f"{path} holds no {CONFIG}, so it is no adapter of PEFT: give {what}.")
+    elif (path.parent / CONFIG).is_file():
+        raise SegraftError(f"{path} is one file of an adapter of PEFT: give its folder, {path.parent}.")
+    else:
+        raise SegraftError(
+            f"{path} is a file, and --base goes with a folder of PEFT: give {what}, or leave --base out where the file "
+            "holds the weights of a whole network."
+        )
 
 
 def _json(path: Path) -> dict[str, Any]:

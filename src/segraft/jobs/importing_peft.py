@@ -65,9 +65,9 @@ def import_peft(
     """
     folder, out = Path(folder), Path(out)
     path = out if out.suffix == ".safetensors" else out / ADAPTER_FILE
+    read = read_peft(folder)
     if path.exists() and not overwrite:
         raise SegraftError(f"{path} exists: choose another --out, or pass --overwrite.")
-    read = read_peft(folder)
     loaded, task = _base(base, read)
     _keep(path, folder, loaded)
     wanted = None if read.record.base is None else read.record.base.fingerprint

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from segraft.errors import SegraftError
+from segraft.networks.trusted import VARIABLE
 from segraft.studies.pool import Died, Pool
 from segraft.studies.run import Outcome, Run, fail, is_finished
 
@@ -75,8 +76,8 @@ def ray(workers: int) -> Iterator[Do]:
     def do(folders: Sequence[Path]) -> Iterator[Outcome]:
         nodes = [node["Resources"] for node in library.nodes() if node["Alive"]]
         share = share_of(nodes, workers, accelerated=any(_may_use_gpu(folder) for folder in folders))
-        limits = {"env_vars": threads_of(int(share["num_cpus"]))}
-        task = library.remote(do_run).options(**share, max_retries=RETRIES, runtime_env=limits)
+        environment = {"env_vars": {**threads_of(int(share["num_cpus"])), **_trusted()}}
+        task = library.remote(do_run).options(**share, max_retries=RETRIES, runtime_env=environment)
         refs = {task.remote(str(folder)): folder for folder in folders}
         waiting = list(refs)
         while waiting:
@@ -146,6 +147,11 @@ def _answer(get: Callable[[], Outcome], folder: Path, dead: type[Exception]) -> 
 def threads_of(threads: int) -> dict[str, str]:
     """Environment variables of a process that may use so many threads; no more than this one may use itself."""
     return {name: str(_fewer(os.environ.get(name), threads)) for name in THREADS}
+
+
+def _trusted() -> dict[str, str]:
+    """What the user vouches for here, for processes elsewhere, which have the environment of their own machine."""
+    return {VARIABLE: os.environ[VARIABLE]} if os.environ.get(VARIABLE) else {}
 
 
 def _fewer(own: str | None, threads: int) -> int:

@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from segraft.errors import SegraftError
+from segraft.networks.trusted import require_trusted
 from segraft.studies.spec import Study
 
 SUFFIXES = (".yaml", ".yml")
@@ -26,9 +27,15 @@ def read_study(name: str | Path) -> Study:
     that name their `kind`), all else replaces what is there.
 
     Raises:
-        SegraftError: neither, not YAML, or a value that does not fit; the message names it.
+        SegraftError: neither, not YAML, or a value that does not fit; the message names it. A network that no file may
+            name, unless the user vouches for it (`segraft.networks.trust`).
     """
-    return checked(_content(name, ()), name)
+    study = checked(_content(name, ()), name)
+    for base in study.bases.values():
+        for part in (base, base.encoder):
+            if part is not None:
+                require_trusted(part.network, part.arguments, f"the study {name}")
+    return study
 
 
 def _content(name: str | Path, seen: tuple[Path | str, ...]) -> object:

@@ -37,7 +37,11 @@ def test_there_and_back(make, tmp_path):
     ("arguments", "says"),
     [
         (("import", "{out}", "-o", "{tmp}/a.safetensors"), "name the base that it was trained on, with --base"),
-        (("import", "{base}", "--base", "{base}", "-o", "{tmp}/x"), "--base goes with a folder of PEFT"),
+        (("import", "{base}", "--base", "{base}", "-o", "{tmp}/x"), "is a file, and --base goes with a folder of PEFT"),
+        (("import", "{out}/adapter_model.safetensors", "--base", "{base}", "-o", "{tmp}/x"), "give its folder, {out}."),
+        (("import", "{tmp}/gone", "--base", "{base}", "-o", "{tmp}/x"), "{tmp}/gone does not exist: give a folder"),
+        (("import", "{tmp}/gone", "-o", "{tmp}/x"), "{tmp}/gone does not exist: give a file of weights"),
+        (("import", "{tmp}", "--base", "{base}", "-o", "{tmp}/x"), "{tmp} holds no adapter_config.json"),
         (
             ("import", "{out}", "--base", "{base}", "--network-args", '{"widths": [4]}', "-o", "{tmp}/x"),
             "--network-args goes with weights",
@@ -55,7 +59,7 @@ def test_what_is_refused(make, tmp_path, arguments, says):
     before = sorted(tmp_path.rglob("*"))
     done = segraft(*(argument.format(**places) if "widths" not in argument else argument for argument in arguments))
     assert done.exit_code != 0
-    assert says in str(done.exception)
+    assert says.format(**places) in str(done.exception)
     assert "\n" not in str(done.exception)
     assert sorted(tmp_path.rglob("*")) == before
 
