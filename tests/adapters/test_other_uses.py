@@ -129,3 +129,23 @@ def test_a_fused_optimiser_makes_evaluation_compose_anew(monkeypatch):
             object.__setattr__(source[-1], "sample", None)  # as on other devices than the CPU
         optimiser.step()
         assert not torch.equal(net.weight, before)
+
+
+@pytest.mark.parametrize("way", [None, "weight", "chain", "parallel", "composed"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_tokens_are_written_to_in_place(method, way):
+    """A linear layer's output is a view of a matrix inside, which nobody outside may notice."""
+    torch.manual_seed(0)
+    net = graft(
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)).double(), AdapterSpec(method, rank=2)
+    )
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    with execution(way):
+        net(x).square().sum().backward()
+    found = [value.grad.clone() for value in net.parameters() if value.requires_grad]
+    net.zero_grad()
+    net[1].inplace = False
+    with execution("composed"):
+        net(x).square().sum().backward()
+    expected = [value.grad for value in net.parameters() if value.requires_grad]
+    torch.testing.assert_close(found, expected)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from segraft.adapters import sums
-from segraft.adapters.sums import MANY, products_and_sums
+from segraft.adapters.sums import FEW, MOST, ROWS, products_and_sums
 
 SHAPES = [
     (7, 20),
@@ -60,7 +60,7 @@ def assert_right(g, y, shift, tolerance):
 
 @pytest.fixture
 def parts_of_small_channels(monkeypatch):
-    monkeypatch.setattr(sums, "MANY", 300)
+    monkeypatch.setattr(sums, "FEW", 20)
 
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -133,8 +133,23 @@ def test_float32_stays_near_float64_over_a_million_numbers_with_a_large_offset(s
             assert bool(((value.double() - precise).abs() <= 1e-4 * summed).all())
 
 
-@pytest.mark.parametrize("positions", [MANY - 16, MANY, MANY + 1, MANY + 2, MANY + 8, MANY + 16])
+@pytest.mark.parametrize("positions", [FEW - 1, FEW, 2 * FEW, 2 * FEW + 2, MOST, MOST + 1, 2 * MOST, 6 * MOST])
 def test_around_the_size_from_which_on_channels_are_summed_in_parts(positions):
-    for channels in (1, 3, sums.BLOCKS):
+    for channels in (1, 3, ROWS):
         g, y = draw(2, channels, positions).float(), draw(2, channels, positions, seed=1).float()
         assert_right(g, y, draw(channels, seed=2).float(), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("shape", [(1_000_001, 16), (16_383, 64), (1, 8, 127, 127, 63), (2, 3, 2**18)])
+def test_odd_sizes_are_summed_as_exactly(shape):
+    g, y = torch.rand(shape, generator=torch.Generator().manual_seed(0)), torch.ones(shape)
+    for found in products_and_sums(g, y, None):
+        exact = g.double().sum([d for d in range(g.ndim) if d != 1])
+        assert bool(((found.double() - exact).abs() <= 5e-6 * exact).all())
+
+
+def test_empty_sums_are_zero():
+    for shape in ((0, 20), (0, 20, 4, 5), (2, 20, 0)):
+        products, total = products_and_sums(torch.zeros(shape), torch.zeros(shape), torch.ones(20))
+        assert torch.equal(products, torch.zeros(20))
+        assert torch.equal(total, torch.zeros(20))

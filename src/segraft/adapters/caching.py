@@ -14,9 +14,9 @@ SAMPLE = 512
 """So many values of a tensor are compared: as many as take no time beside a convolution."""
 
 FAR_APART = 64
-"""So many where they lie further apart than a cache line, as each is then a wait of its own."""
+"""So many where they lie further apart than a page of memory, as each is then a wait of its own."""
 
-LINE = 16  # numbers of four bytes
+PAGE = 1024  # numbers of four bytes
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Source:
             return cls(alias, version)
         reach = sum((size - 1) * step for size, step in zip(alias.shape, alias.stride(), strict=True))
         dense = reach == alias.numel() - 1  # in any order, such as channels last
-        count = FAR_APART if alias.numel() > SAMPLE * LINE else SAMPLE
+        count = FAR_APART if alias.numel() > SAMPLE * PAGE else SAMPLE
         sample = alias.as_strided((alias.numel(),), (1,))[:: 1 + alias.numel() // count] if dense else alias
         return cls(alias, version, sample, sample.clone())
 

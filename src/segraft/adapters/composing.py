@@ -56,7 +56,7 @@ def compose(
 ) -> tuple[Tensor, Tensor | None]:
     """W [o, i, *kernel] in the dtype of the composition and the memory format of W0; n = ‖V‖ with a magnitude.
 
-    Differentiable where a gradient is wanted, with the same bits where none is.
+    Differentiable where a gradient is wanted, by BLAS, and to rounding the same where none is.
 
     Args:
         base: W0 [o, i, *kernel].

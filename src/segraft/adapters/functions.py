@@ -70,7 +70,7 @@ class AdaptedLayer(torch.autograd.Function):
             right: of `Matrices`.
             kernels: of the stages.
         """
-        y = plan.operator.forward(x, weight, bias)
+        y = own(plan.operator.forward(x, weight, bias))
         with_output = m is not None and bool(plan.stages)
         ctx.plan, ctx.kept = plan, Kept(y) if with_output else None
         ctx.save_for_backward(x, bias if with_output else None, weight, norm, m, left, right, *kernels)
@@ -99,6 +99,11 @@ class AdaptedLayer(torch.autograd.Function):
             of_x, of_weight = operator.gradients(g, x, weight, of_x=needs[1])
             of_m, of_left, of_right = gradients_through_weight(plan, of_weight, weight, norm, m, left, right)
         return None, of_x, of_bias, None, None, of_m, of_left, of_right, *of_kernels
+
+
+def own(y: Tensor) -> Tensor:
+    """`y`, just made, as no view: linear layers flatten tokens, and autograd refuses to write to views of functions."""
+    return y.data if y._is_view() else y
 
 
 def gradients_through_weight(

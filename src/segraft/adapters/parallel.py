@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from segraft.adapters.composing import Layout, by_row, compose
-from segraft.adapters.functions import Plan, bias_gradient, divisor, gradients_through_weight, magnitude_product
+from segraft.adapters.functions import Plan, bias_gradient, divisor, gradients_through_weight, magnitude_product, own
 from segraft.adapters.kept import Kept
 from segraft.adapters.narrow import correlation, wide_product
 from segraft.adapters.passing import Pass
@@ -80,7 +80,7 @@ class ParallelLayer(torch.autograd.Function):
             right: of `Matrices`, with a magnitude.
             kernels: of the stages.
         """
-        y = plan.operator.forward(x, base, bias)
+        y = own(plan.operator.forward(x, base, bias))
         run = Pass.of(plan.operator, plan.stages, kernels, x)
         inputs = run.inputs(x)
         y.add_(run.output(inputs))

@@ -7,8 +7,11 @@ from torch import Tensor
 
 from segraft.adapters.layers import composing_dtype
 
-BLOCKS, MANY = 16, 1 << 14
-"""So many parts of a channel with so many numbers are summed apart, which is more exact, and keeps cores at work."""
+FEW, MOST, ROWS = 1 << 10, 1 << 14, 16
+"""Numbers of a channel summed together in float32, at least and at most; and how many channels rows must have."""
+
+LARGE = 1 << 23
+"""Of something this large no copy is made only to add it up."""
 
 
 def products_and_sums(g: Tensor, y: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -22,16 +25,11 @@ def products_and_sums(g: Tensor, y: Tensor, shift: Tensor | None) -> tuple[Tenso
         y: like g.
         shift: [C]; None: zero.
     """
-    dtype = composing_dtype(g.dtype)
-    if not _can_be_read_once(g, y, dtype):
-        others = [d for d in range(g.ndim) if d != 1]
-        sums = g.sum(others, dtype=dtype)
-        if shift is not None and y.dtype == dtype:  # before they are multiplied: they may nearly cancel
-            y, shift = y - shift.to(dtype).view(-1, *(1 for _ in range(y.ndim - 2))), None
-        products = (g * y).sum(others, dtype=dtype)
-        return products if shift is None else products - shift * sums, sums
     channels, positions = g.shape[1], math.prod(g.shape[2:]) if g.ndim > 2 else len(g)
-    parts = math.gcd(positions, BLOCKS) if positions >= MANY else 1
+    parts = math.gcd(positions, 1 << max(0, (positions // FEW).bit_length() - 1))
+    if not _can_be_read_once(g, y, positions // parts):
+        return _one_by_one(g, y, shift)
+    dtype = composing_dtype(g.dtype)
     mean = g.new_zeros(channels) if shift is None else shift.to(dtype)
     if parts > 1:
         apart = (len(g), channels * parts, -1) if g.ndim > 2 else (-1, parts * channels)
@@ -48,7 +46,21 @@ def products_and_sums(g: Tensor, y: Tensor, shift: Tensor | None) -> tuple[Tenso
     return products.view(parts, channels).sum(0), sums.view(parts, channels).sum(0)
 
 
-def _can_be_read_once(g: Tensor, y: Tensor, dtype: torch.dtype) -> bool:
-    """On a CPU, densely, channels first or as rows: in other orders that backward pass adds up inexactly."""
-    alike = g.dtype == y.dtype == dtype and g.device.type == "cpu" and g.numel() > 0
-    return alike and g.is_contiguous() and y.is_contiguous() and (g.ndim > 2 or g.shape[1] >= BLOCKS)
+def _can_be_read_once(g: Tensor, y: Tensor, part: int) -> bool:
+    """On a CPU, densely, channels first or as rows: else that backward pass adds up long sums inexactly."""
+    alike = g.dtype == y.dtype == composing_dtype(g.dtype) and g.device.type == "cpu" and g.numel() > 0
+    dense = g.is_contiguous() and y.is_contiguous() and (g.ndim > 2 or g.shape[1] >= ROWS)
+    return alike and dense and (part <= MOST or g.dtype == torch.float64)
+
+
+def _one_by_one(g: Tensor, y: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    others, dtype = [d for d in range(g.ndim) if d != 1], composing_dtype(g.dtype)
+    sums = g.sum(others, dtype=dtype)
+    if g.ndim > 2 and g.numel() >= LARGE and g.is_contiguous() and y.is_contiguous():
+        blocks = math.prod(g.shape[:2]) * math.gcd(math.prod(g.shape[2:]), 64)
+        found = torch.bmm(g.view(blocks, 1, -1), y.view(blocks, -1, 1)).view(*g.shape[:2], -1).sum((0, 2), dtype=dtype)
+    elif shift is not None and y.dtype == dtype:  # before they are multiplied: they may nearly cancel
+        return (y - shift.to(dtype).view(-1, *(1 for _ in range(y.ndim - 2)))).mul_(g).sum(others, dtype=dtype), sums
+    else:
+        found = (g * y).sum(others, dtype=dtype)
+    return found if shift is None else found - shift * sums, sums
