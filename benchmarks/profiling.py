@@ -21,9 +21,11 @@ from segraft.atomic import replacing
 KINDS = {
     "convolutions backward": r"convolution_backward|slow_conv\w*_backward",
     "convolutions forward": r"mkldnn_convolution|_convolution|convolution|slow_conv\w*",
-    "matrix products": r"(b?addb?)?mm|bmm|mv|dot|addmm|baddbmm",
+    "matrix products": r"(b?addb?)?mm|bmm|mv|dot|addmm|baddbmm|mkldnn::_linear_pointwise",
     "norms": r"linalg_vector_norm",
-    "element-wise and sums": r"mul_?|add_?|sum|div_?|addcmul_?|where|abs|gt|neg|sqrt|square|pow|lerp_|min|mean",
+    "element-wise and sums": (
+        r"mul_?|add_?|sum|native_batch_norm_backward|div_?|addcmul_?|where|abs|gt|neg|sqrt|square|pow|lerp_|min|mean"
+    ),
     "copies and fills": r"copy_|fill_|zero_|clone|cat|contiguous",
     "activations and pooling": r"clamp_min_|threshold_backward|max_pool\w*|relu_?|gelu\w*|native_\w+",
 }
