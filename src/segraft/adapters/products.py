@@ -1,8 +1,8 @@
 """Products of two matrices on a CPU, by the faster of the two libraries that torch brings.
 
-torch's `@` is BLAS. On processors other than Intel's, its MKL uses half of a vector, and products as flat as those of
-factors leave cores idle in any BLAS. oneDNN, which computes torch's convolutions, has neither weakness: measured on an
-AMD EPYC with three threads, products of more than 10^8 multiply-adds take a third of the time.
+torch's `@` is BLAS. On processors other than Intel's, MKL as torch brings it is far from what their vectors can do, and
+products as flat as those of factors leave cores idle in any BLAS. oneDNN, which computes torch's convolutions, has
+neither weakness.
 """
 
 import torch
