@@ -13,6 +13,7 @@ from torch import Tensor
 
 from segraft.adapters.operators import FEW, Convolution, Dense, Operator
 from segraft.adapters.phases import phase_count
+from segraft.adapters.products import HAS_ONEDNN
 from segraft.adapters.stages import Chain
 
 BYTE = {"cpu": 10.0, "cuda": 10.0}
@@ -24,6 +25,9 @@ LANES = {"cpu": 16, "cuda": 32}
 
 LAUNCH = {"cpu": 3e6, "cuda": 1e8}
 """Of one call of a kernel, in multiply-adds."""
+
+FILTERED = 0.6
+"""Of a convolution's operations, what minimal filtering takes: half of them, and passes over the activations."""
 
 
 Way = Literal["weight", "chain", "parallel"]
@@ -72,7 +76,8 @@ def _cheapest(
     # Passes over the weight: reading it is one, writing another two; products with the factors cost R per element.
     one, product = math.prod(weight) * 4 * model.byte, math.prod(weight) * rank
     composed = 3 * one + product + (3 * one if magnitude else 0)
-    formed = model.convolution(i, o, kernel, x_points, g_points, strided=strided) + 3 * one + 2 * product
+    share = model.share(operator, shape, weight)
+    formed = model.convolution(i, o, kernel, x_points, g_points, strided=strided, share=share) + 3 * one + 2 * product
     contracted = 2 * one + 2 * product if magnitude else 0
     beside = contracted + 3 * (i * x_points + o * g_points) * itemsize * model.byte * (2 if magnitude else 1)
     total, entering = 0.0, x_points
@@ -87,7 +92,8 @@ def _cheapest(
         else:
             # The kernel's gradient, and either the chain's forward or its backward pass (between, or beside W0, both).
             passes = 2 if first or last else 3
-            each = model.convolution(*channels, sizes, entering, leaving, strided=moves)
+            share = model.share(operator.stage(stage, rank), shape, (*channels[::-1], *sizes))
+            each = model.convolution(*channels, sizes, entering, leaving, strided=moves, share=share)
             total += passes * each
             beside += (3 - passes) * each
         entering = leaving
@@ -105,10 +111,16 @@ class _Model:
         self.lanes, self.launch = LANES.get(device, LANES["cuda"]), LAUNCH.get(device, LAUNCH["cuda"])
         self.itemsize, self.device = itemsize, device
 
+    def share(self, operator: Operator, shape: tuple[int, ...], weight: tuple[int, ...]) -> float:
+        """Of a convolution's operations, what is left of them by minimal filtering."""
+        if self.device != "cpu" or self.itemsize != 4 or not HAS_ONEDNN or not isinstance(operator, Convolution):
+            return 1.0
+        return 1.0 if operator.filtering(shape, weight) is None else FILTERED
+
     def convolution(
-        self, i: int, o: int, kernel: Sequence[int], x_points: int, g_points: int, *, strided: bool
+        self, i: int, o: int, kernel: Sequence[int], x_points: int, g_points: int, *, strided: bool, share: float
     ) -> float:
-        """One of forward pass, input's gradient and weight's gradient."""
+        """One of forward pass, input's gradient and weight's gradient; `share` of its operations are done."""
         size, few = math.prod(kernel), min(i, o)
         moved = (i * x_points + o * g_points) * self.itemsize * self.byte
         if size == 1 and not strided:
@@ -120,7 +132,7 @@ class _Model:
             p = phase_count(few, kernel[0])
             lanes *= (kernel[0] + p - 1) / (p * kernel[0])
         # Convolutions bring the activations into an order of their own before, strided ones also after.
-        return self.launch + lanes * size * g_points + (3.0 if strided else 1.5) * moved
+        return self.launch + share * lanes * size * g_points + (3.0 if strided else 1.5) * moved
 
     def depthwise(self, rank: int, kernel: Sequence[int], points: int) -> float:
         """One pass of R channels by themselves."""

@@ -27,6 +27,7 @@ from segraft.adapters.phases import (
 from segraft.adapters.products import is_fast, product
 from segraft.adapters.stages import Stage
 from segraft.adapters.sums import products_and_sums
+from segraft.adapters.winograd import Filtering, dimension
 
 convolve = torch.ops.aten.convolution.default
 convolution_backward = torch.ops.aten.convolution_backward.default
@@ -180,7 +181,8 @@ class Convolution:
         p = self._phases(x, i, o, kernel[0])
         if p > 1:
             return convolve_in_phases(x, weight, self.padding, self.dilation, p)
-        return self.forward(x, weight, None)
+        filtering = self._filtering(x, weight)
+        return self.forward(x, weight, None) if filtering is None else filtering.convolution(x, weight)
 
     def input_gradient(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         """Of the input."""
@@ -194,6 +196,9 @@ class Convolution:
         o, i, *kernel = weight.shape
         if adjoint is not None and (adjoint._pays_to_fold(g, o, i, kernel) or adjoint._phases(g, o, i, kernel[0]) > 1):
             return adjoint.through(g, mirror(weight))
+        filtering = self._filtering(g, weight)
+        if filtering is not None:
+            return filtering.input_gradient(g, weight, x.shape)
         return self._backward(g, x, weight, of_x=True)
 
     def weight_gradient(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -218,6 +223,9 @@ class Convolution:
         p = 1 if adjoint is None else adjoint._phases(g, o, i, kernel[0])
         if adjoint is not None and p > 1:
             return mirror(weight_gradient_in_phases(x, g, mirror(weight), adjoint.padding, adjoint.dilation, p))
+        filtering = self._filtering(g, weight)
+        if filtering is not None and x.is_contiguous():
+            return filtering.gradients(g, x, weight, of_x=False)[1]
         return self._backward(g, x, weight, of_x=False)
 
     def gradients(self, g: Tensor, x: Tensor, weight: Tensor, *, of_x: bool) -> tuple[Tensor | None, Tensor]:
@@ -225,6 +233,9 @@ class Convolution:
         if of_x and self._is_disjoint(g, weight) and x.is_contiguous():
             columns = disjoint.patches(g, weight.shape[2:])
             return disjoint.input_gradient(columns, weight, x.shape), disjoint.weight_gradient(columns, x, weight.shape)
+        filtering = self._filtering(g, weight) if of_x and x.is_contiguous() else None
+        if filtering is not None:
+            return filtering.gradients(g, x, weight)
         return self.input_gradient(g, weight, x) if of_x else None, self.weight_gradient(g, x, weight)
 
     def _phases(self, x: Tensor, i: int, o: int, kernel: int) -> int:
@@ -278,6 +289,18 @@ class Convolution:
     def _is_plain(self, wide: Tensor) -> bool:
         """Whether the side with many channels can be read as it lies."""
         return self.groups == 1 and not self.transposed and wide.is_contiguous() and wide.device.type == "cpu"
+
+    def _filtering(self, wide: Tensor, weight: Tensor) -> Filtering | None:
+        """Minimal filtering, of both gradients and of passes through kernels of the chain, where that is cheaper."""
+        plain = self._is_plain(wide) and is_fast(wide) and weight.is_contiguous()
+        return self.filtering(tuple(wide.shape), tuple(weight.shape)) if plain else None
+
+    def filtering(self, shape: tuple[int, ...], weight: tuple[int, ...]) -> Filtering | None:
+        """The same from the shapes of one side and of the weight, for float32 on a CPU."""
+        if self.transposed or self.groups > 1 or max(self.stride) > 1:
+            return None
+        along = dimension(shape, weight, self.padding, self.dilation)
+        return None if along is None else Filtering(along, self.padding, self.dilation)
 
     def _is_disjoint(self, g: Tensor, weight: Tensor) -> bool:
         """Whether it is transposed and its outputs' patches neither overlap nor leave gaps, where products are fast."""
