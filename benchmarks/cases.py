@@ -22,6 +22,7 @@ class Case:
         build: makes the network; called anew for every variant.
         shape: of the image, batch and channel first.
         rounds: of the timing, unless `--rounds` says otherwise.
+        evaluations: rounds of the evaluation, at least; more than of steps, as what is looked for there is a hundredth.
         precision: `bfloat16` is autocast.
         options: whether the options (autocast, memory format, compiler) are measured on it too.
     """
@@ -32,6 +33,7 @@ class Case:
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
     rounds: int
+    evaluations: int = 9
     precision: Precision = "float32"
     options: bool = False
 
@@ -51,10 +53,12 @@ def swin_unetr(feature_size: int = 48) -> nn.Module:
 
 # Rounds: as many as fit into about ten minutes a network on four cores.
 CPU = (
-    Case("unet-256", "Table 3 U-Net, 256², batch 1", "2D U-Net", UNet, (1, 1, 256, 256), 9, options=True),
+    Case("unet-256", "Table 3 U-Net, 256², batch 1", "2D U-Net", UNet, (1, 1, 256, 256), 9, 31, options=True),
     Case("unet-512", "Table 3 U-Net, 512², batch 2", "2D U-Net", UNet, (2, 1, 512, 512), 3),
-    Case("unet3d-96", "3D U-Net 32-64-128-256, 96³, batch 1", "3D U-Net", unet3d, (1, 1, 96, 96, 96), 4, options=True),
-    Case("swin-64", "SwinUNETR, feature size 48, 64³, batch 1", "SwinUNETR", swin_unetr, (1, 1, 64, 64, 64), 3),
+    Case(
+        "unet3d-96", "3D U-Net 32-64-128-256, 96³, batch 1", "3D U-Net", unet3d, (1, 1, 96, 96, 96), 4, 15, options=True
+    ),
+    Case("swin-64", "SwinUNETR, feature size 48, 64³, batch 1", "SwinUNETR", swin_unetr, (1, 1, 64, 64, 64), 3, 15),
 )
 
 _FLOAT32 = (

@@ -43,10 +43,6 @@ class Malloc(StrEnum):
     DEFAULT = "default"
 
 
-EVALUATIONS = 9
-"""Rounds of the evaluation, at least: what is looked for there is a hundredth."""
-
-
 def measure(case: Case, group: Group, rounds: int, device: torch.device) -> dict[str, Any]:
     """Memory, step and evaluation of every variant of a group.
 
@@ -72,7 +68,7 @@ def measure(case: Case, group: Group, rounds: int, device: torch.device) -> dict
         for subject in evaluated.values():
             subject.net.eval()
         tasks = {name: subject.evaluate for name, subject in evaluated.items()}
-        for name, seconds in alternate(tasks, max(rounds, EVALUATIONS), device, warm_up=True).items():
+        for name, seconds in alternate(tasks, max(rounds, case.evaluations), device, warm_up=True).items():
             rows[name]["evaluation"] = seconds
     return {
         "group": group.name,

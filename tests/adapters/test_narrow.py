@@ -19,6 +19,7 @@ from segraft.adapters.narrow import (
     folded_convolution,
     overlap,
     pointwise,
+    scattered_product,
     slabs,
     unfolded_correlation,
 )
@@ -173,6 +174,18 @@ def test_folded_convolution_in_slabs(space, kernel, padding, dilation, batch):
     assert len(list(slabs(space, 3 * math.prod(kernel), narrow.PARTS))) > 1
     found = folded_convolution(x, weight, window, window.outputs(space))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("space", "kernel", "padding", "dilation"), GEOMETRIES)
+def test_scattered_product(space, kernel, padding, dilation, batch):
+    """Against the gradient of the input."""
+    window, x = Window(kernel, padding, dilation, (1,) * len(space)), draw(batch, 4, *space).requires_grad_()
+    weight = draw(7, 4, *kernel, seed=1)
+    y = CONVOLVE[len(space)](x, weight, padding=padding, dilation=dilation)
+    g = draw(*y.shape, seed=2)
+    (expected,) = torch.autograd.grad(y, x, g)
+    torch.testing.assert_close(scattered_product(g, weight, window, x.shape), expected)
 
 
 @pytest.mark.usefixtures("small_slabs")
@@ -401,3 +414,14 @@ def test_layers_on_images_of_real_size(make, shape, method):
     for way in ("weight", "chain", "parallel"):
         for value, expected in zip(found[way], found["composed"], strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_input_gradient_at_few_positions_is_a_product_with_the_weight_as_it_lies(spied):
+    spy = spied("scattered_product")
+    space = Convolution((1,) * 3, (1,) * 3, (1,) * 3, (0,) * 3)
+    g, weight = draw(2, 20, 2, 3, 2), draw(20, 24, 3, 3, 3)
+    found = space.input_gradient(g, weight, draw(2, 24, 2, 3, 2))
+    torch.testing.assert_close(found, nn.functional.conv_transpose3d(g, weight, padding=1))
+    assert spy.call_count == 1
+    space.input_gradient(draw(4, 20, 4, 5, 3), weight, draw(4, 24, 4, 5, 3))  # 240 positions
+    assert spy.call_count == 1

@@ -126,6 +126,22 @@ def folded_convolution(x: Tensor, weight: Tensor, window: Window, space: Sequenc
     return y
 
 
+def scattered_product(g: Tensor, weight: Tensor, window: Window, shape: torch.Size) -> Tensor:
+    """The gradient of an input of this shape [B, i, *space] from g [B, o, …] and [o, i, *kernel], with stride 1.
+
+    For few positions: one product reads the weight as it lies, and gives what each position of g contributes through
+    each of the kernel; these are added up, each where it belongs.
+    """
+    i, *kernel = weight.shape[1:]
+    there = g.shape[2:]
+    parts = product(g.movedim(1, -1).reshape(-1, len(weight)), weight.flatten(1)).view(len(g), *there, i, *kernel)
+    parts, found = parts.movedim(1 + len(there), 1), g.new_zeros(shape)
+    for position, offset in window.offsets():
+        source, target = overlap([-each for each in offset], there, shape[2:])
+        found[target] += parts[(..., *position)][source]
+    return found
+
+
 def overlap(
     offset: Offset, there: Sequence[int], here: Sequence[int], stride: Offset | None = None
 ) -> tuple[tuple[slice, ...], tuple[slice, ...]]:

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from segraft.adapters import disjoint
 from segraft.adapters.layers import composing_dtype
-from segraft.adapters.narrow import Window, correlation, folded_convolution, pointwise, unfolded_correlation
+from segraft.adapters.narrow import (
+    Window,
+    correlation,
+    folded_convolution,
+    pointwise,
+    scattered_product,
+    unfolded_correlation,
+)
 from segraft.adapters.phases import (
     LANES,
     convolve_in_phases,
@@ -135,6 +142,9 @@ FEW = 32
 FOLDED = 128
 """Up to so many a convolution is a product, of which the parts are added up, where such products are fast."""
 
+FEW_POSITIONS = 27, 216
+"""With as large a kernel, at up to so many positions, a weight takes longer to be brought in order than to be used."""
+
 
 def pays_to_unfold(wide: Tensor, channels: int, kernel: Sequence[int]) -> bool:
     """Whether to take a weight's gradient as products of the wide side with shifted copies of the narrow one."""
@@ -196,6 +206,8 @@ class Convolution:
         o, i, *kernel = weight.shape
         if adjoint is not None and (adjoint._pays_to_fold(g, o, i, kernel) or adjoint._phases(g, o, i, kernel[0]) > 1):
             return adjoint.through(g, mirror(weight))
+        if self._pays_to_scatter(g, weight):
+            return scattered_product(g, weight, self._window(weight), x.shape)
         filtering = self._filtering(g, weight)
         if filtering is not None:
             return filtering.input_gradient(g, weight, x.shape)
@@ -285,6 +297,11 @@ class Convolution:
         """Whether to convolve by products, of which the parts are added up."""
         few = o < LANES <= i and o * math.prod(kernel) <= FOLDED and max(self.stride) == 1
         return few and self._is_plain(x) and is_fast(x)
+
+    def _pays_to_scatter(self, g: Tensor, weight: Tensor) -> bool:
+        """Whether the input's gradient is a product with the weight as it lies, which oneDNN would bring in order."""
+        few = weight.shape[2:].numel() >= FEW_POSITIONS[0] and len(g) * g.shape[2:].numel() <= FEW_POSITIONS[1]
+        return few and max(self.stride) == 1 and weight.is_contiguous() and self._is_plain(g) and is_fast(g)
 
     def _is_plain(self, wide: Tensor) -> bool:
         """Whether the side with many channels can be read as it lies."""

@@ -27,7 +27,7 @@ SLAB = 1 << 20
 
 LANES = 16
 ENOUGH_POSITIONS = 1500
-ENOUGH_WORK = {3: 250.0, 9: 140.0}
+ENOUGH_WORK = {3: 190.0, 9: 140.0}
 """From so many multiply-adds per number read and written, by the kernel's positions in the other dimensions, what is
 saved is more than what the transforms of the activations take; from so many positions, also than the weight's takes."""
 
