@@ -112,10 +112,16 @@ def gradients_through_weight(
     """Of the magnitudes and of the two matrices, from the gradient of the whole weight W."""
     gradient, of_m = gradient.to(left.dtype), None
     if m is not None and norm is not None:
-        dims = [d for d in range(gradient.ndim) if d != plan.channel_dim]
-        of_m = (gradient * weight).sum(dims) / divisor(m)
-        shrink = along(-of_m / norm, gradient, plan.channel_dim)
-        gradient.mul_(along(m / norm, gradient, plan.channel_dim)).addcmul_(weight.to(gradient), shrink)
+        whole, dim = weight.to(gradient), plan.channel_dim
+        shape, positions = gradient.shape, gradient.shape[2:].numel()
+        if dim == 1:  # as a matrix: sums over the few positions of a kernel between channels are slow
+            gradient, whole = gradient.flatten(1), whole.flatten(1)
+            of_m = (gradient * whole).sum(0).view(-1, positions).sum(1) / divisor(m)
+        else:
+            positions = 1
+            of_m = (gradient * whole).sum([d for d in range(gradient.ndim) if d != dim]) / divisor(m)
+        gain, shrink = (along(each.repeat_interleave(positions), gradient, dim) for each in (m / norm, -of_m / norm))
+        gradient = gradient.mul_(gain).addcmul_(whole, shrink).view(shape)
     return of_m, *contract(gradient, Matrices(left, right, plan.held))
 
 

@@ -132,13 +132,12 @@ def scattered_product(g: Tensor, weight: Tensor, window: Window, shape: torch.Si
     For few positions: one product reads the weight as it lies, and gives what each position of g contributes through
     each of the kernel; these are added up, each where it belongs.
     """
-    i, *kernel = weight.shape[1:]
-    there = g.shape[2:]
-    parts = product(g.movedim(1, -1).reshape(-1, len(weight)), weight.flatten(1)).view(len(g), *there, i, *kernel)
-    parts, found = parts.movedim(1 + len(there), 1), g.new_zeros(shape)
-    for position, offset in window.offsets():
-        source, target = overlap([-each for each in offset], there, shape[2:])
-        found[target] += parts[(..., *position)][source]
+    there, i = g.shape[2:], weight.shape[1]
+    parts = product(g.movedim(1, -1).reshape(-1, len(weight)), weight.flatten(1)).view(len(g), *there, i, -1)
+    parts, found = parts.movedim(-2, 1), g.new_zeros(shape)
+    for position, (_, offset) in enumerate(window.offsets()):
+        source, target = overlap(tuple(-each for each in offset), there, shape[2:])
+        found[target] += parts[..., position][source]
     return found
 
 
