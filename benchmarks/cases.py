@@ -58,7 +58,7 @@ CPU = (
     Case(
         "unet3d-96", "3D U-Net 32-64-128-256, 96³, batch 1", "3D U-Net", unet3d, (1, 1, 96, 96, 96), 4, 15, options=True
     ),
-    Case("swin-64", "SwinUNETR, feature size 48, 64³, batch 1", "SwinUNETR", swin_unetr, (1, 1, 64, 64, 64), 3, 15),
+    Case("swin-64", "SwinUNETR, feature size 48, 64³, batch 1", "SwinUNETR", swin_unetr, (1, 1, 64, 64, 64), 3),
 )
 
 _FLOAT32 = (
