@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
-from segraft.adapters import winograd
-from segraft.adapters.operators import Convolution
+from segraft.adapters import AdapterSpec, choosing, graft, winograd
+from segraft.adapters.choosing import cheapest
+from segraft.adapters.operators import Convolution, operator_of
 from segraft.adapters.products import HAS_ONEDNN
+from segraft.adapters.stages import chain
 from segraft.adapters.winograd import Filtering, dimension
 
 CASES = {
@@ -128,6 +131,19 @@ def error(found, right):
 def test_operators_leave_others_to_torch(change):
     operator = Convolution((1,) * 3, (1,) * 3, (1,) * 3, (0,) * 3)
     assert operator._filtering(change(torch.zeros(1, 64, 12, 12, 12)), torch.zeros(64, 64, 3, 3, 3)) is None
+
+
+@pytest.mark.parametrize(("fast", "expected"), [(True, "weight"), (False, "chain")])
+def test_the_chooser_counts_what_is_saved(fast, expected, monkeypatch):
+    """At a large rank the chain has hardly less to do than the whole weight's gradient."""
+    monkeypatch.setattr(choosing, "HAS_ONEDNN", fast)
+    choosing._cheapest.cache_clear()
+    net = graft(nn.Sequential(nn.Conv3d(128, 64, 3, padding=1)), AdapterSpec("lora_c", rank=64))
+    edit, x = net[0].segraft["default"]["weight"], torch.zeros(1).expand(1, 128, 48, 48, 48)
+    operator, _ = operator_of(net[0], x)
+    ways = cheapest(operator, chain(edit.contraction), 64, x, tuple(net[0].weight.shape), magnitude=False)
+    choosing._cheapest.cache_clear()
+    assert ways[0] == expected
 
 
 def test_transforms_say_what_they_are_derived_from():
