@@ -419,9 +419,10 @@ def test_layers_on_images_of_real_size(make, shape, method):
 def test_the_input_gradient_at_few_positions_is_a_product_with_the_weight_as_it_lies(spied):
     spy = spied("scattered_product")
     space = Convolution((1,) * 3, (1,) * 3, (1,) * 3, (0,) * 3)
-    g, weight = draw(2, 20, 2, 3, 2), draw(20, 24, 3, 3, 3)
-    found = space.input_gradient(g, weight, draw(2, 24, 2, 3, 2))
+    g, weight = draw(2, 256, 2, 3, 2), draw(256, 260, 3, 3, 3)
+    found = space.input_gradient(g, weight, draw(2, 260, 2, 3, 2))
     torch.testing.assert_close(found, nn.functional.conv_transpose3d(g, weight, padding=1))
     assert spy.call_count == 1
-    space.input_gradient(draw(4, 20, 4, 5, 3), weight, draw(4, 24, 4, 5, 3))  # 240 positions
+    space.input_gradient(draw(4, 256, 4, 5, 3), weight, draw(4, 260, 4, 5, 3))  # 240 positions
+    space.input_gradient(draw(1, 256, 2, 3, 2), draw(256, 100, 3, 3, 3), draw(1, 100, 2, 3, 2))  # narrow
     assert spy.call_count == 1

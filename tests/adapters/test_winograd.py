@@ -9,6 +9,8 @@ from torch.nn import functional
 
 from segraft.adapters import AdapterSpec, choosing, graft, winograd
 from segraft.adapters.choosing import cheapest
+from segraft.adapters.execution import execution
+from segraft.adapters.functions import FrozenLayer
 from segraft.adapters.operators import Convolution, operator_of
 from segraft.adapters.products import HAS_ONEDNN
 from segraft.adapters.stages import chain
@@ -77,8 +79,12 @@ def test_what_is_read_is_left_as_it_was():
         pytest.param((1, 64, 256, 256), (64, 64, 3, 3), (1, 1), (1, 1), None, id="too-few-channels"),
         pytest.param((1, 64, 48, 48, 48), (60, 64, 3, 3, 3), (1, 1, 1), (1, 1, 1), None, id="not-in-vectors"),
         pytest.param((1, 512, 8, 8, 8), (512, 512, 3, 3, 3), (1, 1, 1), (1, 1, 1), None, id="too-few-positions"),
-        pytest.param((4, 512, 8, 8, 8), (512, 512, 3, 3, 3), (1, 1, 1), (1, 1, 1), 0, id="in-a-batch-enough"),
-        pytest.param((1, 64, 48, 48, 48), (64, 64, 3, 3, 3), (2, 2, 2), (2, 2, 2), None, id="dilated"),
+        pytest.param((4, 256, 8, 8, 8), (256, 256, 3, 3, 3), (1, 1, 1), (1, 1, 1), 0, id="in-a-batch-enough"),
+        pytest.param(
+            (1, 512, 12, 12, 12), (512, 512, 3, 3, 3), (1, 1, 1), (1, 1, 1), None, id="too-few-for-its-weight"
+        ),
+        pytest.param((1, 512, 16, 16, 16), (512, 512, 3, 3, 3), (1, 1, 1), (1, 1, 1), 0, id="enough-for-its-weight"),
+        pytest.param((1, 64, 48, 48, 48), (64, 64, 3, 3, 3), (1, 1, 1), (2, 2, 2), None, id="dilated"),
         pytest.param((1, 64, 48, 48, 48), (64, 64, 3, 3, 3), (0, 0, 0), (1, 1, 1), None, id="valid"),
         pytest.param((1, 64, 50, 50, 48), (64, 64, 3, 3, 3), (1, 1, 1), (1, 1, 1), None, id="never-the-last"),
         pytest.param((1, 512, 4096), (512, 512, 3), (1,), (1,), None, id="1d"),
@@ -144,6 +150,68 @@ def test_the_chooser_counts_what_is_saved(fast, expected, monkeypatch):
     ways = cheapest(operator, chain(edit.contraction), 64, x, tuple(net[0].weight.shape), magnitude=False)
     choosing._cheapest.cache_clear()
     assert ways[0] == expected
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="filtering pays where oneDNN computes the convolutions")
+@pytest.mark.parametrize(
+    ("operator", "size", "weight"),
+    [
+        pytest.param(Convolution((2,) * 3, (1,) * 3, (1,) * 3, (0,) * 3), 24, (64, 32, 3, 3, 3), id="stride"),
+        pytest.param(Convolution((1,) * 3, (2,) * 3, (2,) * 3, (0,) * 3), 12, (64, 32, 3, 3, 3), id="dilation"),
+        pytest.param(Convolution((1,) * 3, (1,) * 3, (1,) * 3, (0,) * 3, groups=2), 12, (64, 32, 3, 3, 3), id="groups"),
+        pytest.param(
+            Convolution((1,) * 3, (1,) * 3, (1,) * 3, (0,) * 3, transposed=True), 12, (32, 64, 3, 3, 3), id="t"
+        ),
+        pytest.param(Convolution((2,) * 3, (1,) * 3, (1,) * 3, (0,) * 3), 4, (256, 256, 3, 3, 3), id="few-strided"),
+    ],
+)
+def test_what_neither_filters_nor_scatters(operator, size, weight):
+    """In float32, at sizes that would be served."""
+    torch.manual_seed(0)
+    channels = weight[0] if operator.transposed else weight[1] * operator.groups
+    x = torch.randn(1, channels, *(size,) * 3, requires_grad=True)
+    w = (torch.randn(weight) / 30).requires_grad_()
+    y = operator.forward(x, w, None)
+    g = torch.randn_like(y)
+    expected = torch.autograd.grad(y, (x, w), g)
+    with torch.no_grad():
+        found = operator.gradients(g, x.detach(), w.detach(), of_x=True)
+        torch.testing.assert_close(operator.input_gradient(g, w.detach(), x.detach()), expected[0])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+SERVED = {"filtered": ((1, 32, 12, 12, 12), (64, 32, 3, 3, 3)), "scattered": ((1, 256, 2, 2, 2), (256, 256, 3, 3, 3))}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_many_gradients_at_once_are_left_to_torch(name):
+    """As torch.autograd's vectorised Jacobians ask for: it knows no such functions."""
+    shape, weight = SERVED[name]
+    operator = Convolution((1,) * 3, (1,) * 3, (1,) * 3, (0,) * 3)
+    x = torch.randn(shape, requires_grad=True)
+    y = FrozenLayer.apply(operator, x, None, torch.randn(weight))
+    several = torch.randn(3, *y.shape)
+    (found,) = torch.autograd.grad(y, x, several, is_grads_batched=True, retain_graph=True)
+    for g, each in zip(several, found, strict=True):
+        (alone,) = torch.autograd.grad(y, x, g, retain_graph=True)
+        torch.testing.assert_close(each, alone, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("way", ["weight", "chain", "parallel"])
+def test_a_backward_pass_within_autocast_keeps_its_precision(name, way):
+    shape, weight = SERVED[name]
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv3d(weight[1], weight[0], 3, padding=1))
+    x = torch.randn(shape, requires_grad=True)
+    graft(net, AdapterSpec("dora_c", rank=2))
+    trained, found = [p for p in net.parameters() if p.requires_grad], []
+    for within in (False, True):
+        with execution(way):
+            y = net(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=within):
+            found.append(torch.autograd.grad(y, [x, *trained], torch.ones_like(y)))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_transforms_say_what_they_are_derived_from():

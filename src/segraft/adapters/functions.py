@@ -1,7 +1,8 @@
 """The functions that adapted and frozen layers are differentiated by; `execution` decides on which."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -38,6 +39,20 @@ class Plan:
     def channel_dim(self) -> int:
         """Dimension of the weight that carries the magnitude."""
         return self.slot.channel_dim(self.magnitude_dim)
+
+
+def outside_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+    """`backward` in the precision of its tensors, also within autocast, which was heeded in the forward pass."""
+
+    @wraps(backward)
+    def run(ctx: Any, g: Tensor) -> Any:
+        device = g.device.type
+        if not torch.is_autocast_enabled(device):
+            return backward(ctx, g)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, g)
+
+    return run
 
 
 class AdaptedLayer(torch.autograd.Function):
@@ -78,6 +93,7 @@ class AdaptedLayer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of all inputs."""
         x, bias, weight, norm, m, left, right, *kernels = ctx.saved_tensors
@@ -176,6 +192,7 @@ class FrozenLayer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the input and of the bias."""
         (weight,) = ctx.saved_tensors

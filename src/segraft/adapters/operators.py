@@ -31,7 +31,7 @@ from segraft.adapters.phases import (
     phases_for,
     weight_gradient_in_phases,
 )
-from segraft.adapters.products import is_fast, product
+from segraft.adapters.products import is_fast, is_traced, product
 from segraft.adapters.stages import Stage
 from segraft.adapters.sums import products_and_sums
 from segraft.adapters.winograd import Filtering, dimension
@@ -142,8 +142,8 @@ FEW = 32
 FOLDED = 128
 """Up to so many a convolution is a product, of which the parts are added up, where such products are fast."""
 
-FEW_POSITIONS = 27, 216
-"""With as large a kernel, at up to so many positions, a weight takes longer to be brought in order than to be used."""
+CUBE, WIDE, WIDE_BOTH, FEW_POSITIONS = 27, 128, 1 << 16, 216
+"""At up to so many positions, a wide weight of 3×3×3 takes longer to be brought in order than to be used."""
 
 
 def pays_to_unfold(wide: Tensor, channels: int, kernel: Sequence[int]) -> bool:
@@ -300,8 +300,11 @@ class Convolution:
 
     def _pays_to_scatter(self, g: Tensor, weight: Tensor) -> bool:
         """Whether the input's gradient is a product with the weight as it lies, which oneDNN would bring in order."""
-        few = weight.shape[2:].numel() >= FEW_POSITIONS[0] and len(g) * g.shape[2:].numel() <= FEW_POSITIONS[1]
-        return few and max(self.stride) == 1 and weight.is_contiguous() and self._is_plain(g) and is_fast(g)
+        o, i, positions = *weight.shape[:2], len(g) * g.shape[2:].numel()
+        wide = min(o, i) >= WIDE and o * i >= WIDE_BOTH and weight.shape[2:].numel() == CUBE
+        if not (wide and positions <= FEW_POSITIONS and max(self.stride) == 1):
+            return False
+        return weight.is_contiguous() and self._is_plain(g) and is_fast(g) and not is_traced(g, weight)
 
     def _is_plain(self, wide: Tensor) -> bool:
         """Whether the side with many channels can be read as it lies."""
@@ -309,8 +312,10 @@ class Convolution:
 
     def _filtering(self, wide: Tensor, weight: Tensor) -> Filtering | None:
         """Minimal filtering, of both gradients and of passes through kernels of the chain, where that is cheaper."""
-        plain = self._is_plain(wide) and is_fast(wide) and weight.is_contiguous()
-        return self.filtering(tuple(wide.shape), tuple(weight.shape)) if plain else None
+        if not (self._is_plain(wide) and is_fast(wide) and weight.is_contiguous()):
+            return None
+        found = self.filtering(tuple(wide.shape), tuple(weight.shape))
+        return None if found is None or is_traced(wide, weight) else found
 
     def filtering(self, shape: tuple[int, ...], weight: tuple[int, ...]) -> Filtering | None:
         """The same from the shapes of one side and of the weight, for float32 on a CPU."""

@@ -16,7 +16,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from segraft.adapters.composing import Layout, by_row, compose
-from segraft.adapters.functions import Plan, bias_gradient, divisor, gradients_through_weight, magnitude_product, own
+from segraft.adapters.functions import (
+    Plan,
+    bias_gradient,
+    divisor,
+    gradients_through_weight,
+    magnitude_product,
+    outside_autocast,
+    own,
+)
 from segraft.adapters.kept import Kept
 from segraft.adapters.narrow import correlation, wide_product
 from segraft.adapters.passing import Pass
@@ -97,6 +105,7 @@ class ParallelLayer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of all inputs."""
         bias, base, norm, e, m, left, right, *rest = ctx.saved_tensors

@@ -7,6 +7,7 @@ neither weakness.
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor
 
 ENOUGH = 1 << 22
 """Multiply-adds from which on calling oneDNN pays: a call takes some 15 µs."""
@@ -45,21 +46,21 @@ def serves(a: Tensor, b: Tensor) -> bool:
     """Whether oneDNN computes this one."""
     if not (is_fast(a) and is_fast(b)) or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
         return False
-    if _is_traced(a, b):
+    if is_traced(a, b):
         return False
     (m, k), (rows, n) = a.shape, b.shape
     return k == rows and m * k * n >= ENOUGH and min(m, n) >= FEW_ROWS and k <= LONG
 
 
-def _is_traced(*tensors: Tensor) -> bool:
-    """Whether these stand for others: compilers, exporters, counters and torch.func know BLAS's products alone."""
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether these stand for others: compilers, exporters, counters and batched gradients know torch's own alone."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0
-        or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors)
+        or any(type(tensor) not in (Tensor, nn.Parameter) or is_legacy_batchedtensor(tensor) for tensor in tensors)
     )
 
 

@@ -7,7 +7,9 @@ gradient of the output and w' the kernel reversed along that dimension,
 
     y = Aᵀ[(G w) ⊙ (Bᵀ x)]        dL/dx = Aᵀ[(G w') ⊙ (Bᵀ g)]        dL/dw' = Gᵀ[(A x) ⊙ (Bᵀ g)]
 
-Rounding errors are two to six times those of the plain sums, about 1e-6 of the result in float32.
+Rounding errors are two to six times those of the plain sums where rows are of similar size, about 1e-6 in float32.
+They are relative to the largest row of a tile: beside it small ones lose digits, and one that is not finite spoils its
+tile.
 """
 
 import math
@@ -23,13 +25,15 @@ convolution_backward = torch.ops.aten.convolution_backward.default
 
 TILE, PRODUCTS = 4, 6
 SLAB = 1 << 20
-"""So many numbers are transformed at a time: what a cache holds, and little memory."""
+"""So many numbers are transformed at a time: what a cache holds, and little memory; or twice as many as the weight has,
+which each time is brought in order."""
 
 LANES = 16
-ENOUGH_POSITIONS = 1500
+ENOUGH_POSITIONS, LARGE, ENOUGH_FOR_LARGE = 1500, 1 << 22, 3000
 ENOUGH_WORK = {3: 190.0, 9: 140.0}
 """From so many multiply-adds per number read and written, by the kernel's positions in the other dimensions, what is
-saved is more than what the transforms of the activations take; from so many positions, also than the weight's takes."""
+saved is more than what the transforms of the activations take; from so many positions, also than the weight's takes, of
+which more is needed where the weight is in no cache."""
 
 G = (
     (1 / 4, 0, 0),
@@ -54,7 +58,8 @@ def dimension(
         dilation: per spatial dimension.
     """
     (batch, _, *space), (o, i, *kernel) = shape, weight
-    if o % LANES or i % LANES or batch * math.prod(space) < ENOUGH_POSITIONS:
+    enough = ENOUGH_POSITIONS if math.prod(weight) <= LARGE else ENOUGH_FOR_LARGE
+    if o % LANES or i % LANES or batch * math.prod(space) < enough:
         return None
     # Not the last one: neighbours in memory cannot be added to each other at speed.
     for d in range(len(space) - 1):
@@ -81,11 +86,10 @@ class Filtering:
 
     def convolution(self, x: Tensor, weight: Tensor) -> Tensor:
         """X [B, i, *space] ∗ w [o, i, *kernel] -> [B, o, *space]."""
-        o, i = weight.shape[:2]
         geometry = zip(x.shape[2:], weight.shape[2:], self.padding, self.dilation, strict=True)
-        y = x.new_empty(len(x), o, *(n + 2 * p - s * (k - 1) for n, k, p, s in geometry))
+        y = x.new_empty(len(x), len(weight), *(n + 2 * p - s * (k - 1) for n, k, p, s in geometry))
         small = self._filters(weight)
-        for slab in self._slabs(x, max(o, i)):
+        for slab in self._slabs(x, weight):
             entering = self._inputs(x, slab)
             found = convolve(entering.flatten(1, 2), small, None, *self._geometry())
             self._outputs(found.unflatten(1, (PRODUCTS, -1)), y, slab)
@@ -94,7 +98,7 @@ class Filtering:
     def input_gradient(self, g: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
         """Of the input, of this shape [B, i, *space]."""
         small, found = self._filters(weight, reverse=True), g.new_empty(shape)
-        for slab in self._slabs(g, max(weight.shape[:2])):
+        for slab in self._slabs(g, weight):
             sizes = [*shape[2:]]
             sizes[self.d] = slab.stop - slab.start
             entering = g.new_empty(1).expand(len(g), PRODUCTS * shape[1], *sizes)  # no more than a shape
@@ -106,9 +110,10 @@ class Filtering:
 
     def gradients(self, g: Tensor, x: Tensor, weight: Tensor, *, of_x: bool = True) -> tuple[Tensor | None, Tensor]:
         """Of the input, if wanted, and of the weight."""
-        small, found = self._filters(weight, reverse=True), torch.empty_like(x) if of_x else None
+        found = torch.empty_like(x) if of_x else None
+        small = self._filters(weight, reverse=True) if of_x else self._shaped_like_filters(weight)
         total: Tensor | None = None
-        for slab in self._slabs(g, max(weight.shape[:2])):
+        for slab in self._slabs(g, weight):
             leaving, entering = self._inputs(g, slab).flatten(1, 2), self._spread(x, slab).flatten(1, 2)
             of_entering, of_small, _ = convolution_backward(
                 leaving, entering, small, None, *self._geometry(), [of_x, True, False]
@@ -124,10 +129,11 @@ class Filtering:
         padding = [0 if d == self.d else p for d, p in enumerate(self.padding)]
         return ones, padding, list(self.dilation), False, none, PRODUCTS
 
-    def _slabs(self, x: Tensor, channels: int) -> Iterator[slice]:
+    def _slabs(self, x: Tensor, weight: Tensor) -> Iterator[slice]:
         """Of the tiles."""
-        tiles = x.shape[2 + self.d] // TILE
-        size = max(1, SLAB * tiles * TILE // (PRODUCTS * channels * (x.numel() // x.shape[1])))
+        tiles, channels = x.shape[2 + self.d] // TILE, max(weight.shape[:2])
+        limit = max(SLAB, 2 * weight.numel())
+        size = max(1, limit * tiles * TILE // (PRODUCTS * channels * (x.numel() // x.shape[1])))
         for start in range(0, tiles, size):
             yield slice(start, min(tiles, start + size))
 
@@ -146,6 +152,12 @@ class Filtering:
         rows = weight.movedim(2 + self.d, 0)
         found = (matrix.flip(1) if reverse else matrix) @ rows.reshape(3, -1)
         return found.view(PRODUCTS * weight.shape[0], *rows.shape[2:]).unsqueeze(2 + self.d)
+
+    def _shaped_like_filters(self, weight: Tensor) -> Tensor:
+        """No more than a shape."""
+        o, *others = weight.shape
+        others[1 + self.d] = 1
+        return weight.new_empty(1).expand(PRODUCTS * o, *others)
 
     def _weight(self, found: Tensor, shape: torch.Size) -> Tensor:
         """Gᵀ z, in its dimension reversed: the gradient of the weight from that of w'."""
