@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segraft.adapters.phases import LANES
+
 convolve = torch.ops.aten.convolution.default
 convolution_backward = torch.ops.aten.convolution_backward.default
 
@@ -28,7 +30,6 @@ SLAB = 1 << 20
 """So many numbers are transformed at a time: what a cache holds, and little memory; or twice as many as the weight has,
 which each time is brought in order."""
 
-LANES = 16
 ENOUGH_POSITIONS, LARGE, ENOUGH_FOR_LARGE = 1500, 1 << 22, 3000
 ENOUGH_WORK = {3: 190.0, 9: 140.0}
 """From so many multiply-adds per number read and written, by the kernel's positions in the other dimensions, what is
