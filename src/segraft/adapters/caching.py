@@ -1,6 +1,6 @@
 """Composed tensors kept while nothing they were composed of has changed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -10,13 +10,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from segraft.adapters.edits import Edit
 
-SAMPLE = 512
-"""So many values of a tensor are compared: as many as take no time beside a convolution."""
-
-FAR_APART = 64
-"""So many where they lie further apart than a page of memory, as each is then a wait of its own."""
-
-PAGE = 1024  # numbers of four bytes
+PLACES, IN_A_ROW = 8, 64
+"""So many values of a tensor are compared, in rows at so many places: what costs time is not how many there are, but
+the places, as each is a wait for memory that is in no cache."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +21,8 @@ class Source:
 
     Attributes:
         alias: shares its memory and its version; holding it keeps another tensor from getting the same address.
+        address: of its memory.
+        shape: of it.
         version: counts what was written to it in place.
         sample: values spread over it, on the CPU: writing through `.data` or NumPy, as moving averages of weights do,
             counts no version. Elsewhere comparing would wait for the device.
@@ -32,6 +30,8 @@ class Source:
     """
 
     alias: Tensor
+    address: int
+    shape: torch.Size
     version: int
     sample: Tensor | None = None
     values: Tensor | None = None
@@ -42,20 +42,21 @@ class Source:
         alias = tensor.detach()
         version = -1 if tensor.is_inference() else tensor._version
         if alias.device.type != "cpu":
-            return cls(alias, version)
+            return cls(alias, alias.data_ptr(), alias.shape, version)
         reach = sum((size - 1) * step for size, step in zip(alias.shape, alias.stride(), strict=True))
         dense = reach == alias.numel() - 1  # in any order, such as channels last
-        count = FAR_APART if alias.numel() > SAMPLE * PAGE else SAMPLE
-        sample = alias.as_strided((alias.numel(),), (1,))[:: 1 + alias.numel() // count] if dense else alias
-        return cls(alias, version, sample, sample.clone())
+        sample, spare = alias, alias.numel() - IN_A_ROW
+        if dense and spare > (PLACES - 1) * IN_A_ROW:
+            sample = alias.as_strided((PLACES, IN_A_ROW), (spare // (PLACES - 1), 1))
+        return cls(alias, alias.data_ptr(), alias.shape, version, sample, sample.clone())
 
     def is_still(self, tensor: Tensor) -> bool:
         """Whether `tensor` is what it was."""
         return (
             not tensor.is_inference()  # which count no versions
             and tensor._version == self.version
-            and tensor.data_ptr() == self.alias.data_ptr()
-            and tensor.shape == self.alias.shape
+            and tensor.data_ptr() == self.address
+            and tensor.shape == self.shape
             and (self.sample is None or self.values is None or torch.equal(self.sample, self.values))
         )
 
@@ -69,7 +70,10 @@ class Composed:
         version: of `value`, in case somebody writes to it.
         optimiser_steps: of any optimiser until then: fused ones write without counting a version.
         base: W0.
-        edits: in the order in which they were applied, each with its scaling.
+        edits: in the order in which they were applied.
+        scalings: of these.
+        active: names of the adapters, in their order.
+        held: what the layer's adapters and their edits were, in the dictionaries that hold them.
         sources: the tensors of the edits, with where each is held and under which name.
     """
 
@@ -77,12 +81,24 @@ class Composed:
     version: int
     optimiser_steps: int
     base: Source
-    edits: tuple[tuple[Edit, float | None], ...]
+    edits: tuple[Edit, ...]
+    scalings: tuple[float | None, ...]
+    active: tuple[str, ...]
+    held: tuple[tuple[dict[str, Any], list[Any]], ...]
     sources: tuple[tuple[dict[str, Any], str, Source], ...]
 
     @classmethod
-    def compose(cls, base: Tensor, edits: Sequence[Edit]) -> Self:
-        """Compose, without a graph; what it is composed of is looked at before, so that a change meanwhile shows."""
+    def compose(
+        cls, base: Tensor, edits: Sequence[Edit], active: tuple[str, ...], held: Iterable[dict[str, Any]]
+    ) -> Self:
+        """Compose, without a graph; what it is composed of is looked at before, so that a change meanwhile shows.
+
+        Args:
+            base: W0.
+            edits: in their order.
+            active: names of the adapters whose edits these are.
+            held: the dictionaries that say which edits there are.
+        """
         with torch.inference_mode(mode=False), torch.no_grad():
             steps, source = _STEPS[0], Source.of(base)
             sources = tuple(
@@ -96,18 +112,27 @@ class Composed:
             for edit in edits:
                 value = edit(value)
             value = value.to(base.dtype)
-        return cls(value, value._version, steps, source, _named(edits), sources)
+        present = tuple((each, list(each.values())) for each in held)
+        return cls(value, value._version, steps, source, tuple(edits), _scalings(edits), active, present, sources)
 
-    def is_current(self, base: Tensor, edits: Sequence[Edit]) -> bool:
-        """Whether composing these again would give `value` again."""
+    def is_current(self, base: Tensor, active: tuple[str, ...]) -> bool:
+        """Whether composing again, on this W0 under these adapters, would give `value` again."""
         if (
             self.value._version != self.version
+            or self.active != active
             or self.optimiser_steps != _STEPS[0]
-            or self.edits != _named(edits)
+            or self.scalings != _scalings(self.edits)
             or not self.base.is_still(base)
         ):
             return False
-        return all(source.is_still(held[name]) for held, name, source in self.sources)
+        for holder, present in self.held:
+            if list(holder.values()) != present:
+                return False
+        for holder, name, source in self.sources:
+            tensor = holder[name]
+            if tensor is None or not source.is_still(tensor):
+                return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -128,5 +153,5 @@ def _count_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-def _named(edits: Sequence[Edit]) -> tuple[tuple[Edit, float | None], ...]:
-    return tuple((edit, getattr(edit, "scaling", None)) for edit in edits)
+def _scalings(edits: Sequence[Edit]) -> tuple[float | None, ...]:
+    return tuple([edit.__dict__.get("scaling") for edit in edits])

@@ -28,8 +28,9 @@ from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable it imports no compiler
+from torch.compiler import is_compiling
 
 from segraft.adapters.caching import Derived, Source
 from segraft.adapters.choosing import Way, cheapest
@@ -67,16 +68,17 @@ def executed(forward: Callable[..., Tensor], dims: int) -> Callable[..., Tensor]
     """`forward` of a stock layer with `dims` spatial dimensions, executed in one of the ways above where it can be."""
 
     def run(layer: nn.Module, x: Tensor, *others: Any, **named: Any) -> Tensor:
-        of_channels = grafts_of(layer).channel_edits()
+        grafts = grafts_of(layer)
+        of_channels = grafts.channel_edits() if grafts.by_channel else ()
         if of_channels:
-            by_channel = _by_channel_eagerly if torch.compiler.is_compiling() else _by_channel
+            by_channel = _by_channel_eagerly if is_compiling() else _by_channel
             return by_channel(layer, x, of_channels, dims, (*others, *named.values()))
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return forward(layer, x, *others, **named)
         settle_last()
-        if others or named or not _is_training_as_usual(layer, x, dims):
+        if not is_grad_enabled() or others or named or not _is_training_as_usual(layer, x, dims):
             return forward(layer, x, *others, **named)
-        edits = list(grafts_of(layer).active_edits("weight"))
+        edits = list(grafts.active_edits("weight"))
         before, trained = (edits[:-1], edits[-1]) if edits and _is_trained(edits[-1]) else (edits, None)
         served = _can_adapt(trained) if trained is not None else dims > 0 and x.requires_grad
         if not served or any(_is_trained(edit) for edit in before):
@@ -109,7 +111,7 @@ _by_channel_eagerly: Callable[..., Tensor] = _disable_dynamo(_by_channel)
 def _is_training_as_usual(layer: nn.Module, x: Tensor, dims: int) -> bool:
     """Whether a call is what the functions serve: reverse mode, eagerly, an ordinary batch, the base frozen."""
     if (
-        not torch.is_grad_enabled()
+        not is_grad_enabled()
         or _WAY.get() == "composed"
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()

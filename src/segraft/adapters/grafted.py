@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
+from torch.compiler import is_compiling
 
 from segraft.adapters.caching import Composed, Derived
 from segraft.adapters.edits import Edit, LowRank, Replacement
@@ -24,11 +25,20 @@ class Edits(nn.ModuleDict):
 
 
 class LayerGrafts(nn.ModuleDict):
-    """The adapters of one layer, by name, and which of them are active, in order."""
+    """The adapters of one layer, by name, and which of them are active, in order.
+
+    Attributes:
+        active: names, in the order of the stack.
+        by_channel: whether any has edits for one channel of the image alone.
+        composed: by tensor, the value last composed.
+        derived: by tensor, what the frozen one gives.
+        passes: of `routing`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.active: tuple[str, ...] = ()
+        self.by_channel = False
         self.composed: dict[str, Composed] = {}
         self.derived: dict[str, Derived] = {}
         self.passes = Passes()
@@ -53,8 +63,13 @@ class LayerGrafts(nn.ModuleDict):
 
     def channel_edits(self) -> list[LowRank]:
         """The active edits of one channel each; they are of one adapter, the last of the stack."""
-        last = self.edits(self.active[-1]).values() if self.active else ()
+        last = self.edits(self.active[-1]).values() if self.by_channel and self.active else ()
         return [edit for edit in last if isinstance(edit, LowRank) and edit.channel is not None]
+
+    def holders(self) -> Iterator[dict[str, Any]]:
+        """The dictionaries that say which edits are active."""
+        yield self._modules
+        yield from (held._modules for held in self._modules.values() if held is not None)
 
     def edited(self) -> frozenset[str]:
         """Every tensor that some adapter, active or not, edits."""
@@ -89,13 +104,24 @@ def adapted_tensor(layer: nn.Module, tensor: str) -> Tensor:
     Raises:
         SegraftError: there is one value per channel of the image.
     """
+    grafts = grafts_of(layer)
+    if grafts.by_channel:
+        _refuse_one_of_several(layer, tensor)
+    elif not is_grad_enabled() and not _is_traced():
+        # Evaluation, short, as all that is looked at is in no cache after the layer before.
+        kept = grafts.composed.get(tensor)
+        if kept is not None and kept.is_current(base_tensor(layer, tensor), grafts.active):
+            return kept.value
+    return shared_tensor(layer, tensor)
+
+
+def _refuse_one_of_several(layer: nn.Module, tensor: str) -> None:
     for edit in grafts_of(layer).channel_edits():
         if edit.tensor == tensor:
             raise SegraftError(
                 f"{type(layer).__name__} has a {tensor} per channel of the image, so there is not one {tensor} to be "
                 "read: run the layer, within segraft.adapters.routed."
             )
-    return shared_tensor(layer, tensor)
 
 
 def shared_tensor(layer: nn.Module, tensor: str) -> Tensor:
@@ -107,8 +133,8 @@ def shared_tensor(layer: nn.Module, tensor: str) -> Tensor:
         return base
     if _can_be_kept(base, edits):
         kept = grafts.composed.get(tensor)
-        if kept is None or not kept.is_current(base, edits):
-            kept = grafts.composed[tensor] = Composed.compose(base, edits)
+        if kept is None or not kept.is_current(base, grafts.active):
+            kept = grafts.composed[tensor] = Composed.compose(base, edits, grafts.active, grafts.holders())
         return kept.value
     grafts.composed.pop(tensor, None)
     for edit in edits:
@@ -119,12 +145,17 @@ def shared_tensor(layer: nn.Module, tensor: str) -> Tensor:
 def _can_be_kept(base: Tensor, edits: Sequence[Edit]) -> bool:
     """Not what needs a gradient, nor what is not composed but somebody's own tensor."""
     return not (
-        isinstance(edits[-1], Replacement)
-        or torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or (torch.is_grad_enabled() and _is_differentiated(base, edits))
+        isinstance(edits[-1], Replacement) or _is_traced() or (is_grad_enabled() and _is_differentiated(base, edits))
+    )
+
+
+def _is_traced() -> bool:
+    """Whether tensors stand for others, which cannot be looked at."""
+    return (
+        is_compiling()
+        or _get_tracing_state() is not None
+        or _len_torch_dispatch_stack() > 0
+        or _are_functorch_transforms_active()
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from segraft.adapters.edits import Edit
 from segraft.adapters.execution import executed
-from segraft.adapters.grafted import ATTRIBUTE, Edits, LayerGrafts, adapted_tensor, grafts_of, is_grafted
+from segraft.adapters.grafted import ATTRIBUTE, Edits, LayerGrafts, adapted_tensor, grafts_of, is_grafted, is_of_channel
 from segraft.adapters.operators import STOCK, stock_class
 
 
@@ -83,5 +83,9 @@ def detach(layer: nn.Module, names: Iterable[str]) -> None:
 def refresh_class(layer: nn.Module) -> None:
     """Give the layer the class that its present adapters need."""
     base = base_class(layer)
-    tensors = grafts_of(layer).edited() if is_grafted(layer) else frozenset()
-    layer.__class__ = grafted_class(base, tensors) if is_grafted(layer) else base
+    if not is_grafted(layer):
+        layer.__class__ = base
+        return
+    grafts = grafts_of(layer)
+    grafts.by_channel = any(is_of_channel(edit) for name in grafts for edit in grafts.edits(name).values())
+    layer.__class__ = grafted_class(base, grafts.edited())
