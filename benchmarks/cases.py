@@ -53,7 +53,7 @@ def swin_unetr(feature_size: int = 48) -> nn.Module:
 
 # Rounds: as many as fit into about ten minutes a network on four cores.
 CPU = (
-    Case("unet-256", "Table 3 U-Net, 256², batch 1", "2D U-Net", UNet, (1, 1, 256, 256), 9, 31, options=True),
+    Case("unet-256", "Table 3 U-Net, 256², batch 1", "2D U-Net", UNet, (1, 1, 256, 256), 9, 41, options=True),
     Case("unet-512", "Table 3 U-Net, 512², batch 2", "2D U-Net", UNet, (2, 1, 512, 512), 3),
     Case(
         "unet3d-96", "3D U-Net 32-64-128-256, 96³, batch 1", "3D U-Net", unet3d, (1, 1, 96, 96, 96), 4, 15, options=True

@@ -58,6 +58,14 @@ class Network:
         run = self._run_with(name, other, holding=what)
         return run and paired(run["variants"][name][what], run["variants"][other][what])
 
+    def evaluation_over_base(self, name: str) -> Ratio | None:
+        """Evaluation of a variant by the base network's right before it."""
+        run = self._run_with(name, holding="evaluation")
+        row = run and run["variants"][name]
+        if row and row.get("base"):
+            return paired(row["evaluation"], row["base"])
+        return self.over(name, "full", "evaluation")  # of a run in which the base had its turn in each round
+
     def memory_over(self, name: str, other: str) -> float | None:
         """Peak memory of one variant by another's."""
         run = self._run_with(name, other, holding="memory")

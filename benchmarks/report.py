@@ -29,7 +29,8 @@ Generated from {sources} by `python -m benchmarks.report`; `make bench` measures
 - All variants of one kind (LoRA or DoRA) and rank take their steps in turn, round after round, in one process with a
   fixed number of threads, each round in another order. A ratio is taken within each round; shown are the median over
   the rounds and, in brackets, the quartiles.
-- *evaluation / base*: the forward pass of the unmerged network without gradients by that of the plain network.
+- *evaluation / base*: the forward pass of the unmerged network without gradients by that of the plain network, which
+  runs right before it each time (in runs of before, once in each round).
 - *memory*: peak of a step, counted from before the network was built: parameters, gradients, optimiser, activations.
   On a CPU it is summed from PyTorch's own allocations, as its profiler records them in a step outside the timing;
   scratch space that oneDNN takes by itself is not in it. On a GPU it is the allocator's peak.
@@ -74,8 +75,10 @@ def network_section(network: Network) -> Iterator[str]:
     """The tables of one network."""
     seconds = network.seconds("full")
     if seconds is not None:
-        rounds = _between([run["rounds"] for run in network.runs])
-        yield f"A step of full fine-tuning takes {_seconds(seconds)} here; {rounds} rounds.\n"
+        rounds = _between([run["rounds"] for run in network.runs if run["rounds"]])
+        beside = [run["evaluations"] for run in network.runs if run.get("evaluations")]
+        more = f", {_between(beside)} of evaluation beside the base" if beside else ""
+        yield f"A step of full fine-tuning takes {_seconds(seconds)} here; {rounds} rounds{more}.\n"
     yield table(
         ("variant", "step / bound", "step / full", "memory / full", "evaluation / base", ""),
         (
@@ -84,7 +87,7 @@ def network_section(network: Network) -> Iterator[str]:
                 text(network.over(name, "bound")),
                 text(network.over(name, "full")),
                 text(network.memory_over(name, "full")),
-                text(network.over(name, "full", "evaluation")),
+                text(network.evaluation_over_base(name)),
                 _remark(row),
             )
             for name, row in network.rows()

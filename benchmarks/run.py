@@ -22,7 +22,7 @@ from benchmarks.machine import allocation, machine, source, versions
 from benchmarks.memory import first_steps
 from benchmarks.ratios import Network, Ratio
 from benchmarks.subject import Subject, build
-from benchmarks.timing import alternate
+from benchmarks.timing import alternate, beside
 from benchmarks.variants import BOUND, EAGER, FULL, Group, Variant, groups
 from segraft.errors import SegraftError
 
@@ -43,8 +43,8 @@ class Malloc(StrEnum):
     DEFAULT = "default"
 
 
-def measure(case: Case, group: Group, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Memory, step and evaluation of every variant of a group.
+def measure(case: Case, group: Group, rounds: int | None, device: torch.device, *, steps: bool) -> dict[str, Any]:
+    """Memory, evaluation and, with `steps`, steps of every variant of a group; rounds: by default the network's own.
 
     A variant that fails, for whatever reason, is a row that says so: a long benchmark goes on without it.
     """
@@ -60,21 +60,24 @@ def measure(case: Case, group: Group, rounds: int, device: torch.device) -> dict
             continue
         subjects[variant.name] = subject
         row |= {"note": subject.note, "trainable": subject.trainable, "memory": asdict(memory)}
-    for name, seconds in alternate({name: s.step for name, s in subjects.items()}, rounds, device).items():
-        rows[name]["step"] = seconds
-    if group.evaluated:
-        # The whole of full fine-tuning is a plain network, so its evaluation is the base's.
-        evaluated = {name: subject for name, subject in subjects.items() if name != BOUND}
-        for subject in evaluated.values():
+    if steps:
+        tasks = {name: subject.step for name, subject in subjects.items()}
+        for name, seconds in alternate(tasks, rounds or case.rounds, device).items():
+            rows[name]["step"] = seconds
+    evaluations = max(rounds or 0, case.evaluations)
+    if group.evaluated and FULL in subjects:
+        for subject in subjects.values():
             subject.net.eval()
-        tasks = {name: subject.evaluate for name, subject in evaluated.items()}
-        for name, seconds in alternate(tasks, max(rounds, case.evaluations), device, warm_up=True).items():
-            rows[name]["evaluation"] = seconds
+        # The whole of full fine-tuning is a plain network, so its evaluation is the base's.
+        tasks = {name: subject.evaluate for name, subject in subjects.items() if rows[name].get("rank")}
+        for name, (own, base) in beside(tasks, subjects[FULL].evaluate, evaluations, device).items():
+            rows[name] |= {"evaluation": own, "base": base}
     return {
-        "group": group.name,
+        "group": group.name if steps else f"{group.name}, evaluation",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "source": source(),
-        "rounds": rounds,
+        "rounds": (rounds or case.rounds) if steps else 0,
+        "evaluations": evaluations if group.evaluated else 0,
         "references": [variant.name for variant in group.references],
         "variants": rows,
     }
@@ -103,7 +106,7 @@ def tables(network: Network) -> Iterator[Table]:
             _text(network.over(name, BOUND)),
             _text(network.over(name, FULL)),
             _text(network.memory_over(name, FULL)),
-            _text(network.over(name, FULL, "evaluation")),
+            _text(network.evaluation_over_base(name)),
         )
     yield shown
     shown = Table("option", "step / eager", "memory / eager", title=f"{EAGER}, on the same network")
@@ -162,6 +165,9 @@ def main(
     threads: Annotated[int, typer.Option(min=1)] = min(4, torch.get_num_threads()),
     device: Annotated[Device | None, typer.Option(help="By default a GPU where there is one.")] = None,
     out: Annotated[Path | None, typer.Option(help="By default benchmarks/out/performance-DEVICE.json.")] = None,
+    evaluation_only: Annotated[  # noqa: FBT002  a flag
+        bool, typer.Option("--evaluation-only", help="No steps but those that memory is measured by.")
+    ] = False,
     malloc: Annotated[Malloc, typer.Option(help="Whether freed memory goes back to the kernel.")] = Malloc.KEPT,
     only_missing: Annotated[  # noqa: FBT002  a flag
         bool, typer.Option("--only-missing", help="Skip groups that the file has.")
@@ -192,10 +198,11 @@ def main(
             for whole in groups(case, _numbers(ranks)):
                 group = whole.matching(variants)
                 names = [variant.name for variant in (*group.references, *group.others)]
-                done = only_missing and store.has(results, case.name, group.name, names)
+                as_run = f"{group.name}, evaluation" if evaluation_only else group.name
+                done = only_missing and store.has(results, case.name, as_run, names)
                 if done or not group.others or not re.search(groups_, group.name):
                     continue
-                _add(results, case, group, rounds or case.rounds, where)
+                _add(results, case, group, rounds, where, steps=not evaluation_only)
                 store.save(out, results)
             if case.name in results["networks"]:
                 console.print(*tables(Network(results["networks"][case.name])), sep="\n")
@@ -205,9 +212,11 @@ def main(
     console.print(str(out))
 
 
-def _add(results: dict[str, Any], case: Case, group: Group, rounds: int, device: torch.device) -> None:
+def _add(
+    results: dict[str, Any], case: Case, group: Group, rounds: int | None, device: torch.device, *, steps: bool
+) -> None:
     started = time.perf_counter()
-    run = measure(case, group, rounds, device)
+    run = measure(case, group, rounds, device, steps=steps)
     network = {
         "name": case.name,
         "title": case.title,
@@ -218,7 +227,7 @@ def _add(results: dict[str, Any], case: Case, group: Group, rounds: int, device:
     store.add_run(results, network, run)
     _release()
     took = time.perf_counter() - started
-    console.print(f"{case.name}, {group.name}: {len(run['variants'])} variants, {rounds} rounds, {took:.0f} s")
+    console.print(f"{case.name}, {run['group']}: {len(run['variants'])} variants, {run['rounds']} rounds, {took:.0f} s")
 
 
 if __name__ == "__main__":

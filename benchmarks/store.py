@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ratios import Network
+from benchmarks.ratios import Network, Ratio
 from segraft.atomic import replacing
 from segraft.errors import SegraftError
 
@@ -94,8 +94,15 @@ def _ratios(run: Network, name: str, references: Iterable[str]) -> dict[str, Any
         for what in ("step", "evaluation"):
             ratio = run.over(name, reference, what)
             if ratio is not None:
-                found[f"{what}/{reference}"] = {"median": ratio.median, "quartiles": [ratio.low, ratio.high]}
+                found[f"{what}/{reference}"] = _spelled(ratio)
         memory = run.memory_over(name, reference)
         if memory is not None:
             found[f"memory/{reference}"] = memory
+    ratio = run.evaluation_over_base(name)
+    if ratio is not None:
+        found["evaluation/base"] = _spelled(ratio)
     return found
+
+
+def _spelled(ratio: Ratio) -> dict[str, Any]:
+    return {"median": ratio.median, "quartiles": [ratio.low, ratio.high]}

@@ -3,7 +3,8 @@
 import gc
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -30,16 +31,46 @@ def alternate(
     """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for round_ in range(-1 if warm_up else 0, rounds if tasks else 0):
-        gc.collect()
-        gc.disable()  # it would strike one task of a round and not the others
-        try:
+        with _collected():
             for name in order(list(tasks), round_):
-                started = time.perf_counter()
-                tasks[name]()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
+                taken = _timed(tasks[name], device)
                 if round_ >= 0:
-                    seconds[name].append(round(time.perf_counter() - started, 6))
-        finally:
-            gc.enable()
+                    seconds[name].append(taken)
     return seconds
+
+
+def beside(
+    tasks: Mapping[str, Callable[[], None]], reference: Callable[[], None], rounds: int, device: torch.device
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Seconds of every task in every round, and those of the reference right before it, after a round untimed.
+
+    For differences of a hundredth: within a whole round, a machine's speed drifts by more.
+    """
+    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in tasks}
+    for round_ in range(-1, rounds if tasks else 0):
+        with _collected():
+            for name in order(list(tasks), round_):
+                before, own = _timed(reference, device), _timed(tasks[name], device)
+                if round_ >= 0:
+                    seconds[name][0].append(own)
+                    seconds[name][1].append(before)
+    return seconds
+
+
+@contextmanager
+def _collected() -> Iterator[None]:
+    """Garbage is collected before, not within: it would strike one task of a round and not the others."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _timed(task: Callable[[], None], device: torch.device) -> float:
+    started = time.perf_counter()
+    task()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return round(time.perf_counter() - started, 6)

@@ -15,7 +15,7 @@ PLACES, IN_A_ROW = 8, 64
 the places, as each is a wait for memory that is in no cache."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """One tensor as it was when something was composed of it.
 
@@ -61,7 +61,7 @@ class Source:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Composed:
     """A composed tensor and all it came from.
 
@@ -135,7 +135,7 @@ class Composed:
         return True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Derived:
     """Something that one frozen tensor gives, such as its norm."""
 
