@@ -200,7 +200,8 @@ def main(
                 names = [variant.name for variant in (*group.references, *group.others)]
                 as_run = f"{group.name}, evaluation" if evaluation_only else group.name
                 done = only_missing and store.has(results, case.name, as_run, names)
-                if done or not group.others or not re.search(groups_, group.name):
+                told = group.evaluated if evaluation_only else bool(group.others)
+                if done or not told or not re.search(groups_, group.name):
                     continue
                 _add(results, case, group, rounds, where, steps=not evaluation_only)
                 store.save(out, results)

@@ -30,7 +30,7 @@ def alternate(
         warm_up: one more round comes first, untimed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for round_ in range(-1 if warm_up else 0, rounds if tasks else 0):
+    for round_ in range(-1 if warm_up and tasks else 0, rounds if tasks else 0):
         with _collected():
             for name in order(list(tasks), round_):
                 taken = _timed(tasks[name], device)
@@ -47,7 +47,7 @@ def beside(
     For differences of a hundredth: within a whole round, a machine's speed drifts by more.
     """
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in tasks}
-    for round_ in range(-1, rounds if tasks else 0):
+    for round_ in range(-1 if tasks else 0, rounds if tasks else 0):
         with _collected():
             for name in order(list(tasks), round_):
                 before, own = _timed(reference, device), _timed(tasks[name], device)

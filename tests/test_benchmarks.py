@@ -94,6 +94,18 @@ class TestRatios:
         with pytest.raises(ValueError, match="shorter"):
             ratios.paired([1.0, 2.0], [1.0])
 
+    def test_evaluation_is_compared_with_the_base_right_before(self):
+        made = results()
+        network = ratios.Network(made["networks"]["unet"])
+        assert network.evaluation_over_base("conv_dora r8").high == 1.005  # each round's own base
+        beside = row([], evaluation=[1.0, 3.0, 4.0], base=[1.0, 2.0, 4.0], **OURS)
+        alone = {"bound": row([]), "full": row([]), "conv_dora r8": beside}
+        record = made["networks"]["unet"] | {"name": "unet"}
+        store.add_run(made, record, run("DoRA r8, evaluation", alone))
+        network = ratios.Network(made["networks"]["unet"])
+        assert network.evaluation_over_base("conv_dora r8").high == 1.25
+        assert network.over("conv_dora r8", "bound").median == 1.2  # steps are of the run that has them
+
     def test_nothing_is_compared_across_runs(self):
         first = run("a", {"full": row([1.0]), "x": row([2.0])})
         second = run("b", {"full": row([10.0]), "y": row([30.0])})
@@ -121,8 +133,17 @@ class TestTiming:
         assert len(calls) == 3 * 5
         assert all(sorted(calls[start : start + 3]) == ["a", "b", "c"] for start in range(0, 15, 3))
 
+    def test_the_reference_comes_right_before_each_task(self):
+        calls = []
+        tasks = {name: lambda name=name: calls.append(name) for name in "ab"}
+        seconds = timing.beside(tasks, lambda: calls.append("base"), 3, torch.device("cpu"))
+        assert {name: [len(each) for each in both] for name, both in seconds.items()} == {"a": [3, 3], "b": [3, 3]}
+        assert calls[::2] == ["base"] * 8
+        assert sorted(calls[1::2]) == ["a"] * 4 + ["b"] * 4
+
     def test_nothing_to_time(self):
         assert timing.alternate({}, 3, torch.device("cpu")) == {}
+        assert timing.beside({}, lambda: None, 3, torch.device("cpu")) == {}
 
 
 class TestStore:

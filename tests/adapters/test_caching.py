@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from segraft.adapters import AdapterSpec, activate, activated, graft, load, merge, save, ungraft
+from segraft.adapters.caching import Source
 from segraft.adapters.execution import execution
 from segraft.adapters.grafted import grafts_of
 
@@ -200,6 +201,26 @@ def written_into(net):
         net[2].weight.add_(1)
 
 
+def no_magnitude(net):
+    edit_of(net[0]).m = None
+
+
+def an_edit_put_in_by_hand(net):
+    other = copy.deepcopy(edit_of(net[0]))
+    with torch.no_grad():
+        other.B.add_(0.2)
+    grafts_of(net[0])["default"]._modules["weight"] = other
+
+
+def an_edit_taken_out_by_hand(net):
+    edits = grafts_of(net[2])["default"]._modules
+    taken = edits.pop("weight")
+    with torch.no_grad():
+        assert torch.equal(net[2].weight, net[2]._parameters["weight"])
+        taken.m.mul_(2)
+    edits["weight"] = taken
+
+
 def trained_and_evaluated(net):
     net.train()(image()).sum().backward()
     in_place(net)
@@ -221,7 +242,8 @@ CHANGES = {
         for change in (
             in_place, magnitude_in_place, one_number, through_data, new_data, swapped_data, through_numpy,
             through_a_storage, new_parameter, base_state_dict, base_in_place, base_new_data, scaling, off, another,
-            another_in_a_stack, to_double, trained_and_evaluated,
+            another_in_a_stack, to_double, no_magnitude, an_edit_put_in_by_hand, an_edit_taken_out_by_hand,
+            trained_and_evaluated,
         )
     },
 }  # fmt: skip
@@ -238,6 +260,23 @@ def test_a_change_is_never_missed(change, mode):
     assert not torch.allclose(after.double(), before.double(), rtol=1e-3, atol=1e-3)
     CHANGES["in_place"](net)
     assert_current(net)
+
+
+@given(st.integers(1, 40), st.integers(1, 60), st.booleans(), st.booleans(), st.integers(0, 10_000))
+@settings(max_examples=60, deadline=None)
+def test_values_written_without_a_version_are_noticed(rows, columns, transposed, part, seed):
+    """All of them, however few, also in a view or in another order of memory; of up to 512 numbers, one is enough."""
+    values = torch.randn(rows + part, columns, generator=torch.Generator().manual_seed(seed))[part:]
+    values = values.t() if transposed else values
+    source = Source.of(values)
+    assert source.is_still(values)
+    values.data.mul_(2)
+    assert not source.is_still(values)
+    values.data.div_(2)
+    assert source.is_still(values)
+    if values.numel() <= 512:
+        values.data[seed % values.shape[0], seed % values.shape[1]] += 1
+        assert not source.is_still(values)
 
 
 def test_what_changes_nothing_changes_nothing():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from segraft.adapters import disjoint, operators, products
-from segraft.adapters.operators import Convolution
+from segraft.adapters import convolution, disjoint, products
+from segraft.adapters.convolution import Convolution
 
 TRANSPOSED = [nn.functional.conv_transpose1d, nn.functional.conv_transpose2d, nn.functional.conv_transpose3d]
 GEOMETRIES = [
@@ -79,7 +79,7 @@ def test_gradients_of_what_lies_with_channels_last(space, kernel, of):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_operator_gives_the_same_gradients_by_patches(monkeypatch, batch, layout):
     """In either memory format, in float64 as if products of it were fast."""
-    monkeypatch.setattr(operators, "is_fast", lambda x: x.device.type == "cpu")
+    monkeypatch.setattr(convolution, "is_fast", lambda x: x.device.type == "cpu")
     x, weight, g, expected = layer(batch, (20, 5), (4, 3, 2), (2, 1, 3))
     operator = Convolution((2, 1, 3), (0, 0, 0), (1, 1, 1), (0, 0, 0), transposed=True)
     x, g = x.contiguous(memory_format=layout), g.contiguous(memory_format=layout)

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from segraft.adapters import disjoint, narrow, operators
+from segraft.adapters import convolution, disjoint, narrow
+from segraft.adapters.convolution import Convolution
 from segraft.adapters.execution import execution
+from segraft.adapters.linear import Dense
 from segraft.adapters.narrow import (
     Window,
     correlation,
@@ -23,7 +25,6 @@ from segraft.adapters.narrow import (
     slabs,
     unfolded_correlation,
 )
-from segraft.adapters.operators import Convolution, Dense
 
 CONVOLVE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 TRANSPOSED = {
@@ -248,7 +249,7 @@ def test_every_gradient_of_a_convolution(fast, data):
     sums, products = torch.einsum("bo...->o", g), torch.einsum("bo...,bo...->o", g, y)
     with pytest.MonkeyPatch.context() as patch:
         if fast:
-            patch.setattr(operators, "is_fast", as_if_fast)
+            patch.setattr(convolution, "is_fast", as_if_fast)
         for layout in (torch.contiguous_format, FORMATS[dims + 2]):
             entering, leaving, w = (each.detach().contiguous(memory_format=layout) for each in (x, g, weight))
             torch.testing.assert_close(operator.forward(entering, w, None), y)
@@ -282,9 +283,9 @@ def as_if_fast(x):
 @pytest.fixture
 def spied(monkeypatch):
     """spied(name) -> a mock through which the operators call this function; the fast routes are open in float64."""
-    monkeypatch.setattr(operators, "is_fast", as_if_fast)
+    monkeypatch.setattr(convolution, "is_fast", as_if_fast)
 
-    def spy(name, of=operators):
+    def spy(name, of=convolution):
         mock = Mock(wraps=getattr(of, name))
         monkeypatch.setattr(of, name, mock)
         return mock
@@ -357,7 +358,7 @@ def test_patches_that_overlap_or_are_cut_are_not_disjoint(spied, operator):
 def test_where_products_are_not_fast_torchs_own_serve(monkeypatch):
     """Float64, as it is."""
     for name in ("folded_convolution", "unfolded_correlation", "correlation"):
-        monkeypatch.setattr(operators, name, Mock(side_effect=AssertionError))
+        monkeypatch.setattr(convolution, name, Mock(side_effect=AssertionError))
     monkeypatch.setattr(disjoint, "patches", Mock(side_effect=AssertionError))
     plane(padding=1).through(draw(1, 20, 6, 6), draw(3, 20, 3, 3))
     plane(padding=1).weight_gradient(draw(1, 20, 6, 6), draw(1, 8, 6, 6), draw(20, 8, 3, 3))

@@ -15,9 +15,9 @@ from segraft.adapters.choosing import cheapest
 from segraft.adapters.composing import channel_norm, compose
 from segraft.adapters.execution import execution
 from segraft.adapters.grafted import base_tensor, grafts_of
-from segraft.adapters.operators import operator_of
 from segraft.adapters.parallel import ParallelLayer, norm_of_sum
 from segraft.adapters.stages import chain
+from segraft.adapters.stock import operator_of
 
 METHODS = ["lora_c", "conv_lora", "cp_lora", "dora_c", "conv_dora", "cp_dora"]
 

@@ -9,11 +9,12 @@ from torch.nn import functional
 
 from segraft.adapters import AdapterSpec, choosing, graft, winograd
 from segraft.adapters.choosing import cheapest
+from segraft.adapters.convolution import Convolution
 from segraft.adapters.execution import execution
 from segraft.adapters.functions import FrozenLayer
-from segraft.adapters.operators import Convolution, operator_of
 from segraft.adapters.products import HAS_ONEDNN
 from segraft.adapters.stages import chain
+from segraft.adapters.stock import operator_of
 from segraft.adapters.winograd import Filtering, dimension
 
 CASES = {

@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from segraft.adapters.operators import FEW, Convolution, Dense, Operator
+from segraft.adapters.convolution import FEW, Convolution
+from segraft.adapters.linear import Dense
+from segraft.adapters.operators import Operator
 from segraft.adapters.phases import phase_count
 from segraft.adapters.products import HAS_ONEDNN
 from segraft.adapters.stages import Chain

@@ -40,10 +40,11 @@ from segraft.adapters.functions import NEXT_TO_ZERO, AdaptedLayer, FrozenLayer, 
 from segraft.adapters.grafted import adapted_tensor, base_tensor, grafts_of
 from segraft.adapters.kept import settle_last
 from segraft.adapters.layers import channel_norm, composing_dtype
-from segraft.adapters.operators import Operator, operator_of
+from segraft.adapters.operators import Operator
 from segraft.adapters.parallel import ParallelLayer
 from segraft.adapters.per_channel import run_by_channel
 from segraft.adapters.stages import SPREAD, SPREAD_BESIDE, chain, matrices
+from segraft.adapters.stock import operator_of
 from segraft.errors import SegraftError
 
 AnyWay = Literal["composed"] | Way
@@ -84,12 +85,12 @@ def executed(forward: Callable[..., Tensor], dims: int) -> Callable[..., Tensor]
         if not served or any(_is_trained(edit) for edit in before):
             return forward(layer, x)
         device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        if not torch.is_autocast_enabled(device):
+            return _run(layer, x, before, trained)
+        if x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            if isinstance(trained, LowRank):
-                return _run_adapted(layer, x, before, trained)
-            return _run_frozen(layer, x)
+            return _run(layer, x, before, trained)
 
     return run
 
@@ -170,6 +171,10 @@ def _saving_is_somebody_elses() -> bool:
 def _bias(layer: nn.Module, x: Tensor) -> Tensor | None:
     bias = layer.bias
     return bias.to(x.dtype) if isinstance(bias, Tensor) else None
+
+
+def _run(layer: nn.Module, x: Tensor, before: Sequence[Edit], trained: Edit | None) -> Tensor:
+    return _run_adapted(layer, x, before, trained) if isinstance(trained, LowRank) else _run_frozen(layer, x)
 
 
 def _run_frozen(layer: nn.Module, x: Tensor) -> Tensor:

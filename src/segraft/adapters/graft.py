@@ -12,7 +12,6 @@ from torch import nn
 from segraft.adapters.edits import BiasFactor, Edit, LowRank, Replacement
 from segraft.adapters.grafted import LayerGrafts, base_tensor, grafts_of, is_grafted
 from segraft.adapters.layers import why_not
-from segraft.adapters.operators import stock_class
 from segraft.adapters.selection import (
     SelectedTensor,
     SelectedWeight,
@@ -23,6 +22,7 @@ from segraft.adapters.selection import (
     select_weights,
 )
 from segraft.adapters.spec import AdapterSpec
+from segraft.adapters.stock import stock_class
 from segraft.adapters.surgery import attach, base_class, detach
 from segraft.errors import SegraftError
 

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from segraft.adapters.composing import compose
+from segraft.adapters.convolution import Convolution
 from segraft.adapters.edits import LowRank
 from segraft.adapters.functions import FrozenLayer
 from segraft.adapters.grafted import base_tensor, grafts_of, shared_tensor
 from segraft.adapters.layers import channel_norm, composing_dtype
-from segraft.adapters.operators import Convolution, Operator, operator_of
+from segraft.adapters.operators import Operator
 from segraft.adapters.routing import Route
 from segraft.adapters.stages import chain
+from segraft.adapters.stock import operator_of
 from segraft.errors import SegraftError
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from segraft.adapters.edits import Edit
 from segraft.adapters.execution import executed
 from segraft.adapters.grafted import ATTRIBUTE, Edits, LayerGrafts, adapted_tensor, grafts_of, is_grafted, is_of_channel
-from segraft.adapters.operators import STOCK, stock_class
+from segraft.adapters.stock import STOCK, stock_class
 
 
 def _property(tensor: str) -> property:
