@@ -59,7 +59,7 @@ class Network:
         return run and paired(run["variants"][name][what], run["variants"][other][what])
 
     def evaluation_over_base(self, name: str) -> Ratio | None:
-        """Evaluation of a variant by the base network's right before it."""
+        """Evaluation of a variant by the base network's beside it."""
         run = self._run_with(name, holding="evaluation")
         row = run and run["variants"][name]
         if row and row.get("base"):

@@ -30,7 +30,7 @@ Generated from {sources} by `python -m benchmarks.report`; `make bench` measures
   fixed number of threads, each round in another order. A ratio is taken within each round; shown are the median over
   the rounds and, in brackets, the quartiles.
 - *evaluation / base*: the forward pass of the unmerged network without gradients by that of the plain network, which
-  runs right before it each time (in runs of before, once in each round).
+  runs beside it each time, by turns before and after (in runs of before, once in each round).
 - *memory*: peak of a step, counted from before the network was built: parameters, gradients, optimiser, activations.
   On a CPU it is summed from PyTorch's own allocations, as its profiler records them in a step outside the timing;
   scratch space that oneDNN takes by itself is not in it. On a GPU it is the allocator's peak.

@@ -64,7 +64,7 @@ def measure(case: Case, group: Group, rounds: int | None, device: torch.device, 
         tasks = {name: subject.step for name, subject in subjects.items()}
         for name, seconds in alternate(tasks, rounds or case.rounds, device).items():
             rows[name]["step"] = seconds
-    evaluations = max(rounds or 0, case.evaluations)
+    evaluations = max(rounds or case.rounds, case.evaluations)
     if group.evaluated and FULL in subjects:
         for subject in subjects.values():
             subject.net.eval()
@@ -200,7 +200,7 @@ def main(
                 names = [variant.name for variant in (*group.references, *group.others)]
                 as_run = f"{group.name}, evaluation" if evaluation_only else group.name
                 done = only_missing and store.has(results, case.name, as_run, names)
-                told = group.evaluated if evaluation_only else bool(group.others)
+                told = group.others and (group.evaluated or not evaluation_only)
                 if done or not told or not re.search(groups_, group.name):
                     continue
                 _add(results, case, group, rounds, where, steps=not evaluation_only)

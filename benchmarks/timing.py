@@ -42,18 +42,21 @@ def alternate(
 def beside(
     tasks: Mapping[str, Callable[[], None]], reference: Callable[[], None], rounds: int, device: torch.device
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Seconds of every task in every round, and those of the reference right before it, after a round untimed.
+    """Seconds of every task in every round, and those of the reference beside it, after a round untimed.
 
-    For differences of a hundredth: within a whole round, a machine's speed drifts by more.
+    For differences of a hundredth: within a whole round, a machine's speed drifts by more. In every other round the
+    reference comes first; each round starts with it once untimed, as what comes after the garbage has been collected
+    is slower.
     """
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in tasks}
     for round_ in range(-1 if tasks else 0, rounds if tasks else 0):
         with _collected():
+            reference()
             for name in order(list(tasks), round_):
-                before, own = _timed(reference, device), _timed(tasks[name], device)
+                pair = [_timed(task, device) for task in (tasks[name], reference)[:: 1 if round_ % 2 else -1]]
                 if round_ >= 0:
-                    seconds[name][0].append(own)
-                    seconds[name][1].append(before)
+                    for kept, taken in zip(seconds[name], pair[:: 1 if round_ % 2 else -1], strict=True):
+                        kept.append(taken)
     return seconds
 
 

@@ -220,6 +220,7 @@ def options() -> Group:
             Variant("bf16 autocast, channels_last", adapt, precision="bfloat16", channels_last=True),
             Variant("torch.compile", adapt, compiled=True),
         ),
+        evaluated=False,
     )
 
 

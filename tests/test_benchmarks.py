@@ -94,7 +94,7 @@ class TestRatios:
         with pytest.raises(ValueError, match="shorter"):
             ratios.paired([1.0, 2.0], [1.0])
 
-    def test_evaluation_is_compared_with_the_base_right_before(self):
+    def test_evaluation_is_compared_with_the_base_beside_it(self):
         made = results()
         network = ratios.Network(made["networks"]["unet"])
         assert network.evaluation_over_base("conv_dora r8").high == 1.005  # each round's own base
@@ -133,13 +133,25 @@ class TestTiming:
         assert len(calls) == 3 * 5
         assert all(sorted(calls[start : start + 3]) == ["a", "b", "c"] for start in range(0, 15, 3))
 
-    def test_the_reference_comes_right_before_each_task(self):
+    def test_the_reference_comes_beside_each_task(self, monkeypatch):
         calls = []
-        tasks = {name: lambda name=name: calls.append(name) for name in "ab"}
-        seconds = timing.beside(tasks, lambda: calls.append("base"), 3, torch.device("cpu"))
-        assert {name: [len(each) for each in both] for name, both in seconds.items()} == {"a": [3, 3], "b": [3, 3]}
-        assert calls[::2] == ["base"] * 8
-        assert sorted(calls[1::2]) == ["a"] * 4 + ["b"] * 4
+        lasting = {"a": 1.0, "b": 2.0, "base": 4.0}
+        clock = [0.0]
+
+        def task(name):
+            calls.append(name)
+            clock[0] += lasting[name]
+
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+        tasks = {name: lambda name=name: task(name) for name in "ab"}
+        seconds = timing.beside(tasks, lambda: task("base"), 3, torch.device("cpu"))
+        assert seconds == {"a": ([1.0] * 3, [4.0] * 3), "b": ([2.0] * 3, [4.0] * 3)}
+        rounds = [
+            "".join(name[0] if name != "base" else "-" for name in calls[start : start + 5])
+            for start in range(0, 20, 5)
+        ]
+        assert rounds[1] == "--a-b"
+        assert rounds[2] == "-b-a-"
 
     def test_nothing_to_time(self):
         assert timing.alternate({}, 3, torch.device("cpu")) == {}

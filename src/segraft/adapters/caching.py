@@ -10,7 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from segraft.adapters.edits import Edit
 
-PLACES, IN_A_ROW = 8, 64
+PLACES, IN_A_ROW = 32, 16
 """So many values of a tensor are compared, in rows at so many places: what costs time is not how many there are, but
 the places, as each is a wait for memory that is in no cache."""
 
@@ -62,6 +62,24 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """What says which edits a layer has.
+
+    Attributes:
+        active: names of the adapters, in their order.
+        held: the dictionaries of adapters and of their edits, each with what was in it.
+    """
+
+    active: tuple[str, ...]
+    held: tuple[tuple[dict[str, Any], list[tuple[str, Any]]], ...]
+
+    @classmethod
+    def of(cls, active: tuple[str, ...], holders: Iterable[dict[str, Any]]) -> Self:
+        """As it is now."""
+        return cls(active, tuple((holder, list(holder.items())) for holder in holders))
+
+
+@dataclass(frozen=True, slots=True)
 class Composed:
     """A composed tensor and all it came from.
 
@@ -72,8 +90,7 @@ class Composed:
         base: W0.
         edits: in the order in which they were applied.
         scalings: of these.
-        active: names of the adapters, in their order.
-        held: what the layer's adapters and their edits were, in the dictionaries that hold them.
+        found: how these were found.
         sources: the tensors of the edits, with where each is held and under which name.
     """
 
@@ -83,24 +100,20 @@ class Composed:
     base: Source
     edits: tuple[Edit, ...]
     scalings: tuple[float | None, ...]
-    active: tuple[str, ...]
-    held: tuple[tuple[dict[str, Any], list[Any]], ...]
+    found: "Found"
     sources: tuple[tuple[dict[str, Any], str, Source], ...]
 
     @classmethod
-    def compose(
-        cls, base: Tensor, edits: Sequence[Edit], active: tuple[str, ...], held: Iterable[dict[str, Any]]
-    ) -> Self:
+    def compose(cls, base: Tensor, edits: Sequence[Edit], found: "Found") -> Self:
         """Compose, without a graph; what it is composed of is looked at before, so that a change meanwhile shows.
 
         Args:
             base: W0.
             edits: in their order.
-            active: names of the adapters whose edits these are.
-            held: the dictionaries that say which edits there are.
+            found: how these were found, as it was before they were.
         """
         with torch.inference_mode(mode=False), torch.no_grad():
-            steps, source = _STEPS[0], Source.of(base)
+            steps, source, scalings = _STEPS[0], Source.of(base), _scalings(edits)
             sources = tuple(
                 (held, name, Source.of(tensor))
                 for edit in edits
@@ -112,21 +125,20 @@ class Composed:
             for edit in edits:
                 value = edit(value)
             value = value.to(base.dtype)
-        present = tuple((each, list(each.values())) for each in held)
-        return cls(value, value._version, steps, source, tuple(edits), _scalings(edits), active, present, sources)
+        return cls(value, value._version, steps, source, tuple(edits), scalings, found, sources)
 
     def is_current(self, base: Tensor, active: tuple[str, ...]) -> bool:
         """Whether composing again, on this W0 under these adapters, would give `value` again."""
         if (
             self.value._version != self.version
-            or self.active != active
+            or self.found.active != active
             or self.optimiser_steps != _STEPS[0]
             or self.scalings != _scalings(self.edits)
             or not self.base.is_still(base)
         ):
             return False
-        for holder, present in self.held:
-            if list(holder.values()) != present:
+        for holder, present in self.found.held:
+            if list(holder.items()) != present:
                 return False
         for holder, name, source in self.sources:
             tensor = holder[name]
@@ -154,4 +166,4 @@ register_optimizer_step_post_hook(_count_step)
 
 
 def _scalings(edits: Sequence[Edit]) -> tuple[float | None, ...]:
-    return tuple([edit.__dict__.get("scaling") for edit in edits])
+    return tuple([getattr(edit, "scaling", None) for edit in edits])

@@ -7,7 +7,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
 from torch.compiler import is_compiling
 
-from segraft.adapters.caching import Composed, Derived
+from segraft.adapters.caching import Composed, Derived, Found
 from segraft.adapters.edits import Edit, LowRank, Replacement
 from segraft.adapters.routing import Passes
 from segraft.errors import SegraftError
@@ -66,10 +66,10 @@ class LayerGrafts(nn.ModuleDict):
         last = self.edits(self.active[-1]).values() if self.by_channel and self.active else ()
         return [edit for edit in last if isinstance(edit, LowRank) and edit.channel is not None]
 
-    def holders(self) -> Iterator[dict[str, Any]]:
-        """The dictionaries that say which edits are active."""
-        yield self._modules
-        yield from (held._modules for held in self._modules.values() if held is not None)
+    def found(self) -> Found:
+        """How edits are found now."""
+        inside = (held._modules for held in list(self._modules.values()) if held is not None)
+        return Found.of(self.active, (self._modules, *inside))
 
     def edited(self) -> frozenset[str]:
         """Every tensor that some adapter, active or not, edits."""
@@ -134,7 +134,11 @@ def shared_tensor(layer: nn.Module, tensor: str) -> Tensor:
     if _can_be_kept(base, edits):
         kept = grafts.composed.get(tensor)
         if kept is None or not kept.is_current(base, grafts.active):
-            kept = grafts.composed[tensor] = Composed.compose(base, edits, grafts.active, grafts.holders())
+            found = grafts.found()
+            edits = grafts.shared_edits(tensor)  # another thread may have changed them
+            if not edits:
+                return base
+            kept = grafts.composed[tensor] = Composed.compose(base, edits, found)
         return kept.value
     grafts.composed.pop(tensor, None)
     for edit in edits:
