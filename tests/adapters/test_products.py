@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from segraft.adapters import products
-from segraft.adapters.products import ENOUGH, FEW_ROWS, LONG, is_fast, product, serves
+from segraft.adapters.products import ENOUGH, FEW_ROWS, LONG, is_fast, is_left_to_torch, product, serves
 
 SIDES = 170, 1 + ENOUGH // (170 * 180), 180
 """m, k, n of a product just large enough."""
@@ -230,3 +230,29 @@ def test_compilers_and_exporters_meet_torchs_own_products(monkeypatch):
     a, b = pair(*SIDES)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not serves(a, b)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="all is left to torch")
+@pytest.mark.parametrize(
+    ("x", "weight"),
+    [
+        pytest.param((1, 192, 8, 8, 8), (192, 192, 3, 3, 3), id="small"),
+        pytest.param((2, 192, 8, 8, 8), (192, 192, 3, 3, 3), id="in-a-batch"),
+        pytest.param((1, 320, 8, 8, 8), (4, 320, 3, 3, 3), id="just"),
+        pytest.param((1, 321, 8, 8, 8), (4, 321, 3, 3, 3), id="just-not"),
+        pytest.param((1, 64, 8, 16, 200), (64, 64, 3, 3, 3), id="the-last-is-not-counted"),
+        pytest.param((1, 64, 8, 8, 8), (64, 64, 3, 5, 5), id="large-kernel"),
+        pytest.param((1, 64, 8, 8, 8), (64, 64, 5, 3, 5), id="not-in-both"),
+        pytest.param((1, 64, 16, 16), (64, 64, 3, 3), id="2d"),
+    ],
+)
+def test_what_torch_takes_itself(x, weight):
+    """Held against torch, which may choose otherwise some day."""
+    dims = len(x) - 2
+    geometry = [[1] * dims, [1] * dims, [1] * dims, False, [0] * dims, 1, None]
+    chosen = torch._C._select_conv_backend(torch.zeros(x), torch.zeros(weight), None, *geometry)
+    mine = chosen not in (torch._C._ConvBackend.Mkldnn, torch._C._ConvBackend.MkldnnEmpty)
+    if dims == 3:
+        assert is_left_to_torch(x, weight) == mine
+    else:
+        assert not is_left_to_torch(x, weight)  # small images in two dimensions take no time

@@ -80,6 +80,9 @@ def test_what_is_read_is_left_as_it_was():
         pytest.param((1, 64, 256, 256), (64, 64, 3, 3), (1, 1), (1, 1), None, id="too-few-channels"),
         pytest.param((1, 64, 48, 48, 48), (60, 64, 3, 3, 3), (1, 1, 1), (1, 1, 1), None, id="not-in-vectors"),
         pytest.param((1, 512, 8, 8, 8), (512, 512, 3, 3, 3), (1, 1, 1), (1, 1, 1), None, id="too-few-positions"),
+        pytest.param((1, 192, 8, 8, 8), (192, 192, 3, 3, 3), (1, 1, 1), (1, 1, 1), 0, id="few-but-left-to-torch"),
+        pytest.param((1, 192, 8, 8, 8), (192, 384, 3, 3, 3), (1, 1, 1), (1, 1, 1), None, id="few-and-not-left"),
+        pytest.param((1, 256, 8, 8, 8), (256, 256, 3, 3, 3), (1, 1, 1), (1, 1, 1), None, id="too-few-for-this-weight"),
         pytest.param((4, 256, 8, 8, 8), (256, 256, 3, 3, 3), (1, 1, 1), (1, 1, 1), 0, id="in-a-batch-enough"),
         pytest.param(
             (1, 512, 12, 12, 12), (512, 512, 3, 3, 3), (1, 1, 1), (1, 1, 1), None, id="too-few-for-its-weight"

@@ -26,7 +26,7 @@ from segraft.adapters.phases import (
     phases_for,
     weight_gradient_in_phases,
 )
-from segraft.adapters.products import is_fast, is_traced
+from segraft.adapters.products import is_fast, is_left_to_torch, is_traced
 from segraft.adapters.stages import Stage
 from segraft.adapters.sums import products_and_sums
 from segraft.adapters.winograd import Filtering, dimension
@@ -104,6 +104,8 @@ class Convolution:
         o, i, *kernel = weight.shape
         if adjoint is not None and (adjoint._pays_to_fold(g, o, i, kernel) or adjoint._phases(g, o, i, kernel[0]) > 1):
             return adjoint.through(g, mirror(weight))
+        if adjoint is not None and self._is_narrow_and_small(g, x, weight):
+            return adjoint.forward(g, mirror(weight), None)
         if self._pays_to_scatter(g, weight):
             return scattered_product(g, weight, self._window(weight), x.shape)
         filtering = self._filtering(g, weight)
@@ -195,6 +197,11 @@ class Convolution:
         """Whether to convolve by products, of which the parts are added up."""
         few = o < LANES <= i and o * math.prod(kernel) <= FOLDED and max(self.stride) == 1
         return few and self._is_plain(x) and is_fast(x)
+
+    def _is_narrow_and_small(self, g: Tensor, x: Tensor, weight: Tensor) -> bool:
+        """Few outputs of a small image, whose input's gradient torch would bring together from unfolded parts."""
+        few = len(weight) < LANES <= weight.shape[1] and self._is_plain(g)
+        return few and is_left_to_torch(x.shape, weight.shape)
 
     def _pays_to_scatter(self, g: Tensor, weight: Tensor) -> bool:
         """Whether the input's gradient is a product with the weight as it lies, which oneDNN would bring in order."""

@@ -5,6 +5,9 @@ products as flat as those of factors leave cores idle in any BLAS. oneDNN, which
 neither weakness.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_legacy_batchedtensor
@@ -40,6 +43,18 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def is_fast(x: Tensor) -> bool:
     """Whether products of matrices as large and dense as this tensor are as fast as convolutions."""
     return HAS_ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu"
+
+
+def is_left_to_torch(x: Sequence[int], weight: Sequence[int]) -> bool:
+    """Whether a convolution in three dimensions, and its gradients, come to torch's own code rather than to oneDNN.
+
+    For one small image torch means that to be faster; it unfolds x for products by BLAS.
+
+    Args:
+        x: shape of its input [B, i, *space].
+        weight: [o, i, *kernel], without groups.
+    """
+    return len(x) == 5 and x[0] == 1 and math.prod(x[:4]) <= 20480 and min(weight[3:]) <= 3
 
 
 def serves(a: Tensor, b: Tensor) -> bool:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from segraft.adapters.phases import LANES
+from segraft.adapters.products import is_left_to_torch
 
 convolve = torch.ops.aten.convolution.default
 convolution_backward = torch.ops.aten.convolution_backward.default
@@ -31,6 +32,9 @@ SLAB = 1 << 20
 which each time is brought in order."""
 
 ENOUGH_POSITIONS, LARGE, ENOUGH_FOR_LARGE = 1500, 1 << 22, 3000
+SMALL, ENOUGH_FOR_SMALL = 3 << 19, 500
+"""Where the alternative is torch's own code, a weight of this size pays from fewer positions on."""
+
 ENOUGH_WORK = {3: 190.0, 9: 140.0}
 """From so many multiply-adds per number read and written, by the kernel's positions in the other dimensions, what is
 saved is more than what the transforms of the activations take; from so many positions, also than the weight's takes, of
@@ -60,6 +64,8 @@ def dimension(
     """
     (batch, _, *space), (o, i, *kernel) = shape, weight
     enough = ENOUGH_POSITIONS if math.prod(weight) <= LARGE else ENOUGH_FOR_LARGE
+    if math.prod(weight) <= SMALL and is_left_to_torch((batch, i, *space), weight):
+        enough = ENOUGH_FOR_SMALL
     if o % LANES or i % LANES or batch * math.prod(space) < enough:
         return None
     # Not the last one: neighbours in memory cannot be added to each other at speed.
