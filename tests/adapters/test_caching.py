@@ -1,8 +1,10 @@
 """In evaluation the composed weight is kept, and never served once anything it was composed of has changed."""
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 
 from segraft.adapters import AdapterSpec, activate, activated, graft, load, merge, save, ungraft
 from segraft.adapters.caching import Source
+from segraft.adapters.edits import LowRank
 from segraft.adapters.execution import execution
 from segraft.adapters.grafted import grafts_of
 
@@ -260,6 +263,36 @@ def test_a_change_is_never_missed(change, mode):
     assert not torch.allclose(after.double(), before.double(), rtol=1e-3, atol=1e-3)
     CHANGES["in_place"](net)
     assert_current(net)
+
+
+@pytest.mark.parametrize(
+    "change", ["off", "another_in_a_stack", "an_edit_put_in_by_hand", "scaling", "in_place", "base_in_place"]
+)
+def test_a_change_while_a_weight_is_composed_shows(change, monkeypatch):
+    """By another thread, between what is looked at and what is kept."""
+    net, compose, pending = build(), LowRank.forward, [CHANGES[change]]
+
+    def forward(edit, value):
+        found = compose(edit, value)
+        if pending:
+            pending.pop()(net)
+        return found
+
+    monkeypatch.setattr(LowRank, "forward", forward)
+    with torch.no_grad():
+        net(image())
+    assert not pending
+    assert_current(net)
+
+
+def test_an_adapter_taken_off_is_let_go():
+    net = build()
+    another(net)
+    assert_current(net)
+    edit = weakref.ref(edit_of(net[0]))
+    ungraft(net, "default")
+    gc.collect()
+    assert edit() is None
 
 
 @given(st.integers(1, 40), st.integers(1, 60), st.booleans(), st.booleans(), st.integers(0, 10_000))
