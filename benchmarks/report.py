@@ -203,7 +203,7 @@ def page() -> str:
     if not results:
         raise SegraftError(f"no {RESULTS}/performance-*.json: make one with `make bench` and put it there.")
     notes = NOTES.read_text(encoding="utf-8") if NOTES.is_file() else ""
-    return markdown(results, notes.replace("{PROFILE}", profile_table()))
+    return markdown(results, notes.replace("{PROFILE}", profile_table()).replace("{OVERHEAD}", overhead_table()))
 
 
 def profile_table() -> str:
@@ -219,6 +219,20 @@ def profile_table() -> str:
     ]
     kinds = next(iter(next(iter(networks.values())).values()))["milliseconds"]
     return table(("network", "variant", *kinds), rows)
+
+
+def overhead_table() -> str:
+    """What `benchmarks.overhead` measured, by how much it makes evaluation longer."""
+    path = ROOT / RESULTS / "overhead-cpu.json"
+    if not path.is_file():
+        return ""
+    rows = []
+    for network, variants in json.loads(path.read_text(encoding="utf-8"))["networks"].items():
+        base = variants["full"]
+        for name, row in variants.items():
+            more = f"{1 + (row['beside'] - base['beside']) / base['whole']:.3f}" if name != "full" else ""
+            rows.append((network, name, f"{row['whole']:.0f}", f"{row['beside']:.1f}", more))
+    return table(("network", "variant", "evaluation (ms)", "of it in layers beside their arithmetic", "× base"), rows)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from segraft.adapters import PRESETS
 from segraft.errors import SegraftError
@@ -28,8 +30,8 @@ def _import(module: str):
     return importlib.import_module(f"benchmarks.{module}")
 
 
-cases, memory, ratios, report, store, subject, targets, timing, variants = map(
-    _import, ("cases", "memory", "ratios", "report", "store", "subject", "targets", "timing", "variants")
+cases, memory, overhead, ratios, report, store, subject, targets, timing, variants = map(
+    _import, ("cases", "memory", "overhead", "ratios", "report", "store", "subject", "targets", "timing", "variants")
 )
 
 
@@ -203,6 +205,26 @@ def rows_of(page: str) -> list[list[str]]:
         for line in page.splitlines()
         if line.startswith("|")
     ]
+
+
+class TestOverhead:
+    def test_layers_and_their_arithmetic_are_told_apart(self, monkeypatch):
+        ticks = itertools.count()
+        monkeypatch.setattr(overhead.time, "perf_counter", lambda: float(next(ticks)))
+        net, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), torch.ones(1, 2)
+        expected, clock = net(x), overhead.Clock()
+        linear, call = functional.linear, nn.Module.__call__
+        with clock.running():
+            assert torch.equal(net(x), expected)
+        # Of a layer: its start, the function's start and end, its end.
+        assert (clock.layers, clock.arithmetic) == (2 * 3.0, 2 * 1.0)
+        assert functional.linear is linear
+        assert nn.Module.__call__ is call
+
+    def test_a_network(self):
+        found = overhead.measure(cases.by_name("cpu")["tiny-2d"], ["full", "dora_c r8"], 2)
+        assert list(found) == ["full", "dora_c r8"]
+        assert all(0 < row["beside"] < row["whole"] for row in found.values())
 
 
 class TestReport:
