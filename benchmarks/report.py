@@ -232,7 +232,7 @@ def overhead_table() -> str:
         for name, row in variants.items():
             more = f"{1 + (row['beside'] - base['beside']) / base['whole']:.3f}" if name != "full" else ""
             rows.append((network, name, f"{row['whole']:.0f}", f"{row['beside']:.1f}", more))
-    return table(("network", "variant", "evaluation (ms)", "of it in layers beside their arithmetic", "× base"), rows)
+    return table(("network", "variant", "evaluation", "of it in layers beside their arithmetic", "makes × base"), rows)
 
 
 def main() -> None:
