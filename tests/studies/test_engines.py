@@ -129,6 +129,15 @@ def test_leaving_ends_what_runs(quick, folder):
         some.do(folder("a"))
 
 
+def test_what_was_being_written_to_a_process_does_not_keep_it(quick, folder):
+    with Pool(ONE) as some:
+        some.do(folder("a"))
+        (process,) = some._all
+        process._popen.stdin.write("half a line")  # as another thread may have done
+        process._popen.kill()
+    assert all(stream.closed for stream in (process._popen.stdin, process._popen.stdout, process._said))
+
+
 @pytest.mark.parametrize(("cores", "workers"), [(1, 2), (2, 2), (3, 2), (4, 3), (8, 3), (8, 64), (7, 2)])
 def test_processes_times_threads_are_never_more_than_cores(quick, folder, monkeypatch, cores, workers):
     for name in engines.THREADS:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -61,7 +62,8 @@ class _Process:
         self._popen.wait()
         for stream in (self._popen.stdin, self._popen.stdout, self._said):
             if stream is not None:
-                stream.close()
+                with suppress(BrokenPipeError):  # of what was being written to it
+                    stream.close()
 
 
 class Pool:
