@@ -51,7 +51,7 @@ def beside(
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in tasks}
     for round_ in range(-1 if tasks else 0, rounds if tasks else 0):
         with _collected():
-            reference()
+            _timed(reference, device)
             for name in order(list(tasks), round_):
                 pair = [_timed(task, device) for task in (tasks[name], reference)[:: 1 if round_ % 2 else -1]]
                 if round_ >= 0:

@@ -100,11 +100,11 @@ class Composed:
     base: Source
     edits: tuple[Edit, ...]
     scalings: tuple[float | None, ...]
-    found: "Found"
+    found: Found
     sources: tuple[tuple[dict[str, Any], str, Source], ...]
 
     @classmethod
-    def compose(cls, base: Tensor, edits: Sequence[Edit], found: "Found") -> Self:
+    def compose(cls, base: Tensor, edits: Sequence[Edit], found: Found) -> Self:
         """Compose, without a graph; what it is composed of is looked at before, so that a change meanwhile shows.
 
         Args:
