@@ -172,14 +172,14 @@ def _even(
     weight = weight.float()
     total, whole = torch.empty(0), torch.zeros(padded.shape[2:])
     for _, place in places[: len(places) // len(padded)]:
-        whole[place[1:]] += weight
+        whole[place[1:]].add_(weight)
     for first in range(0, len(places), batch):
         some = places[first : first + batch]
         found = scores(torch.stack([padded[number][place] for number, place in some]).to(device)).cpu() * weight
         if not total.numel():
             total = torch.zeros(len(padded), found.shape[1], *padded.shape[2:])
         for (number, place), each in zip(some, found, strict=True):
-            total[number][place] += each
+            total[number][place].add_(each)
     total /= whole
     inside = (slice(gap // 2, gap // 2 + size) for gap, size in zip(gaps, sizes, strict=True))
     return total[(slice(None), slice(None), *inside)]

@@ -43,6 +43,10 @@ FOLDED = 128
 CUBE, WIDE, WIDE_BOTH, FEW_POSITIONS = 27, 128, 1 << 16, 216
 """At up to so many positions, a wide weight of 3×3×3 takes longer to be brought in order than to be used."""
 
+MIRRORED_LARGE, MIRRORED_WIDE, MIRRORED_POSITIONS, MIRRORED_WEIGHT = 1 << 16, 128, 1 << 12, 3 << 19
+"""In two dimensions the gradient of an image of so many positions is cheaper as a convolution with the mirrored kernel;
+between so many channels, of fewer positions too, unless the weight is so large that mirroring it takes what is saved."""
+
 
 def pays_to_unfold(wide: Tensor, channels: int, kernel: Sequence[int]) -> bool:
     """Whether to take a weight's gradient as products of the wide side with shifted copies of the narrow one."""
@@ -105,6 +109,8 @@ class Convolution:
         if adjoint is not None and (adjoint._pays_to_fold(g, o, i, kernel) or adjoint._phases(g, o, i, kernel[0]) > 1):
             return adjoint.through(g, mirror(weight))
         if adjoint is not None and self._is_narrow_and_small(g, x, weight):
+            return adjoint.forward(g, mirror(weight), None)
+        if adjoint is not None and self._pays_to_mirror(g, weight):
             return adjoint.forward(g, mirror(weight), None)
         if self._pays_to_scatter(g, weight):
             return scattered_product(g, weight, self._window(weight), x.shape)
@@ -202,6 +208,16 @@ class Convolution:
         """Few outputs of a small image, whose input's gradient torch would bring together from unfolded parts."""
         few = len(weight) < LANES <= weight.shape[1] and self._is_plain(g)
         return few and is_left_to_torch(x.shape, weight.shape)
+
+    def _pays_to_mirror(self, g: Tensor, weight: Tensor) -> bool:
+        """Whether the input's gradient in two dimensions is cheaper as a forward pass, for which oneDNN is faster."""
+        o, i, *kernel = weight.shape
+        if len(kernel) != 2 or max(kernel) == 1 or not (self._is_plain(g) and is_fast(g)):
+            return False
+        positions, few = len(g) * g.shape[2:].numel(), min(o, i)
+        if few < MIRRORED_WIDE or positions < MIRRORED_POSITIONS:
+            return few >= 2 * LANES and g.shape[2:].numel() >= MIRRORED_LARGE
+        return weight.numel() <= MIRRORED_WEIGHT
 
     def _pays_to_scatter(self, g: Tensor, weight: Tensor) -> bool:
         """Whether the input's gradient is a product with the weight as it lies, which oneDNN would bring in order."""

@@ -122,7 +122,7 @@ def folded_convolution(x: Tensor, weight: Tensor, window: Window, space: Sequenc
             parts = wide_product(matrix, each_x[:, slab].reshape(i, -1)).view(*kernel, 1, o, *there)
             for position, (first, *others) in window.offsets():
                 source, target = overlap((first - slab.start, *others), there, space)
-                each_y[target[1:]] += parts[position][source][0]
+                each_y[target[1:]].add_(parts[position][source][0])
     return y
 
 
@@ -137,7 +137,7 @@ def scattered_product(g: Tensor, weight: Tensor, window: Window, shape: torch.Si
     parts, found = parts.movedim(-2, 1), g.new_zeros(shape)
     for position, (_, offset) in enumerate(window.offsets()):
         source, target = overlap(tuple(-each for each in offset), there, shape[2:])
-        found[target] += parts[..., position][source]
+        found[target].add_(parts[..., position][source])
     return found
 
 
