@@ -81,8 +81,12 @@ def compose(
     if slot.groups > 1:
         view = slot.by_output_channel(weight, magnitude_dim)
         return (gain.view(view.shape[0], 1, -1, 1) * view).reshape(weight.shape), norm
-    gain = along(gain, weight, slot.channel_dim(magnitude_dim))
-    return (weight * gain if weight.requires_grad or gain.requires_grad else weight.mul_(gain)), norm
+    dim = slot.channel_dim(magnitude_dim)
+    if weight.requires_grad or gain.requires_grad:
+        return weight * along(gain, weight, dim), norm
+    rows, gain = by_rows(weight, gain, dim)
+    rows.mul_(gain)
+    return weight, norm
 
 
 def _sum_and_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -101,6 +105,17 @@ BLOCKS = 32
 def along(values: Tensor, weight: Tensor, channel_dim: int) -> Tensor:
     """[channels] shaped to be broadcast over `weight`."""
     return values.view([-1 if d == channel_dim else 1 for d in range(weight.ndim)])
+
+
+def by_rows(weight: Tensor, values: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
+    """A weight and values [channels], shaped to be broadcast over it.
+
+    Where the channels are the second dimension, both as rows, if memory lies like that: what is done to the few
+    positions of a kernel at a time, between channels, is slow.
+    """
+    if channel_dim == 1 and weight.ndim > 2 and weight.is_contiguous():
+        return weight.flatten(1), values.repeat_interleave(weight.shape[2:].numel())
+    return weight, along(values, weight, channel_dim)
 
 
 def contract(gradient: Tensor, update: Matrices, shrink: Tensor | None = None) -> tuple[Tensor, Tensor]:

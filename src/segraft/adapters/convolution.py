@@ -19,14 +19,13 @@ from segraft.adapters.narrow import (
     unfolded_correlation,
 )
 from segraft.adapters.phases import (
-    LANES,
     convolve_in_phases,
     depthwise_as_dense,
     depthwise_weight_gradient,
     phases_for,
     weight_gradient_in_phases,
 )
-from segraft.adapters.products import is_fast, is_left_to_torch, is_traced
+from segraft.adapters.products import LANES, is_fast, is_left_to_torch, is_traced
 from segraft.adapters.stages import Stage
 from segraft.adapters.sums import products_and_sums
 from segraft.adapters.winograd import Filtering, dimension
@@ -44,8 +43,8 @@ CUBE, WIDE, WIDE_BOTH, FEW_POSITIONS = 27, 128, 1 << 16, 216
 """At up to so many positions, a wide weight of 3×3×3 takes longer to be brought in order than to be used."""
 
 MIRRORED_LARGE, MIRRORED_WIDE, MIRRORED_POSITIONS, MIRRORED_WEIGHT = 1 << 16, 128, 1 << 12, 3 << 19
-"""In two dimensions the gradient of an image of so many positions is cheaper as a convolution with the mirrored kernel;
-between so many channels, of fewer positions too, unless the weight is so large that mirroring it takes what is saved."""
+"""In two dimensions the gradient of an image of so many positions is cheaper as a convolution with the mirrored kernel,
+between so many channels of fewer positions too, unless mirroring so large a weight takes what is saved."""
 
 
 def pays_to_unfold(wide: Tensor, channels: int, kernel: Sequence[int]) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from segraft.adapters.layers import composing_dtype
-from segraft.adapters.products import product, serves
+from segraft.adapters.products import LANES, product, serves
 
 Offset = tuple[int, ...]
 
@@ -156,6 +156,22 @@ def overlap(
     return tuple(source), tuple(target)
 
 
+LONG_ROWS, MANY = 1 << 18, 1 << 22
+"""Of rows shorter than this, oneDNN better takes the wide side's as rows; of a wide side with more numbers than that,
+only where the narrow one fills its vectors."""
+
+
+def _pays_to_turn(rows: int, length: int, numbers: int) -> bool:
+    """Whether `correlation` had better take its wide side, of so many numbers, as rows of the product."""
+    return length < LONG_ROWS and (numbers < MANY or rows <= LANES or rows % LANES == 0)
+
+
+def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """Σ over batch of a [B, m, n] @ b [B, k, n]ᵀ."""
+    first, *others = (product(each_a, each_b.t()) for each_a, each_b in zip(a, b, strict=True))
+    return sum(others, start=first)
+
+
 def correlation(g: Tensor, x: Tensor) -> Tensor:
     """Σ over batch and positions of g [B, o, n] times x [B, i, n]: [o, i].
 
@@ -164,8 +180,9 @@ def correlation(g: Tensor, x: Tensor) -> Tensor:
     if g.shape[1] > x.shape[1]:
         return correlation(x, g).t()
     if serves(g[0], x[0].t()):
-        first, *others = (product(each_g, each_x.t()) for each_g, each_x in zip(g, x, strict=True))
-        return sum(others, start=first)
+        if _pays_to_turn(*g[0].shape, x[0].numel()):
+            return _sum_of_products(x, g).t()
+        return _sum_of_products(g, x)
     n, dtype = g.shape[2], composing_dtype(g.dtype)
     blocks = math.gcd(n, 64)
     if n // blocks < 256:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from segraft.adapters.narrow import overlap
-
-LANES = 16
+from segraft.adapters.products import LANES
 
 convolve = torch.ops.aten.convolution.default
 convolution_backward = torch.ops.aten.convolution_backward.default

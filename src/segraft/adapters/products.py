@@ -15,6 +15,9 @@ from torch._C._functorch import is_legacy_batchedtensor
 ENOUGH = 1 << 22
 """Multiply-adds from which on calling oneDNN pays: a call takes some 15 µs."""
 
+LANES = 16
+"""Numbers in one of its vectors."""
+
 FEW_ROWS, LONG = 4, 1 << 19
 """With fewer rows or columns than this, or longer ones, it leaves cores idle."""
 

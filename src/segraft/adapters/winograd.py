@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segraft.adapters.phases import LANES
-from segraft.adapters.products import is_left_to_torch
+from segraft.adapters.products import LANES, is_left_to_torch
 
 convolve = torch.ops.aten.convolution.default
 convolution_backward = torch.ops.aten.convolution_backward.default
