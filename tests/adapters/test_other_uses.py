@@ -42,6 +42,79 @@ def gradients(net, x, way):
     return {name: value.grad for name, value in net.named_parameters() if value.requires_grad}
 
 
+class Beside(nn.Module):
+    """A transposed convolution whose output is put beside other features, as in U-Nets."""
+
+    def __init__(self, join, channels=12):
+        super().__init__()
+        self.first, self.join = nn.ConvTranspose2d(4, 6, 2, stride=2), join
+        self.second = nn.Conv2d(channels, 3, 3)
+
+    def forward(self, x):
+        y = self.second(self.join(self.first(x), x.repeat(1, 2, 2, 2)[:, :6]))
+        return (y * torch.linspace(-1, 1, 6, dtype=x.dtype)).sum()
+
+
+def cat(*tensors, dim=1):
+    return torch.cat(tensors, dim)
+
+
+JOINS = {
+    "first": (12, True, cat),
+    "last": (12, True, lambda y, skip: cat(skip, y, dim=-3)),
+    "in the middle": (18, False, lambda y, skip: cat(skip, y, skip)),
+    "twice": (12, False, lambda y, skip: cat(y, y)),
+    "in the batch": (6, False, lambda y, skip: cat(y, skip, dim=0)),
+    "in space": (6, False, lambda y, skip: cat(y, skip, dim=2)),
+    "alone": (6, True, lambda y, skip: cat(y)),
+    "added": (6, False, lambda y, skip: y + skip),
+    "after a ReLU": (12, False, lambda y, skip: cat(y.relu(), skip)),
+    "after a ReLU in place": (12, False, lambda y, skip: cat(y.relu_(), skip)),
+    "changed after it": (12, False, lambda y, skip: (cat(y, skip), y.mul_(2))[0]),
+    "used beside it": (12, True, lambda y, skip: cat(y, skip + y)),
+    "overwritten": (12, False, lambda y, skip: cat(y, skip).relu_()),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("method", ["dora_c", "conv_dora", "cp_dora"])
+@pytest.mark.parametrize("join", JOINS)
+def test_output_put_beside_others(join, method, batch, monkeypatch):
+    """The copy within the next layer's input serves instead of the output, where it is one."""
+    channels, copied, joins = JOINS[join]
+    net = graft(Beside(joins, channels).double(), AdapterSpec(method, rank=2))
+    with torch.no_grad():
+        for value in net.parameters():
+            value.add_(0.3 * torch.randn_like(value))
+    x = torch.randn(batch, 4, 4, 4, dtype=torch.float64)
+    found_valid = []
+    is_valid = kept_outputs.Kept.is_valid
+
+    def spy(kept, g):
+        found = is_valid(kept, g)
+        if kept.copied:
+            found_valid.append(found)
+        return found
+
+    expected = gradients(net, x, "composed")
+    monkeypatch.setattr(kept_outputs.Kept, "is_valid", spy)
+    for way in ("weight", "chain", "parallel", None):
+        found = gradients(net, x, way)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, msg=lambda text, at=(way, name): f"{at}: {text}")
+    assert set(found_valid) == {copied}
+
+
+def test_output_put_beside_others_is_not_kept_itself():
+    net, outputs = graft(Beside(cat), AdapterSpec("dora_c", rank=2)), []
+    net.first.register_forward_hook(lambda _, __, y: outputs.append(y.untyped_storage()._weak_ref()))
+    with execution("chain"):
+        loss = net(torch.randn(2, 4, 4, 4))
+        assert torch.UntypedStorage._expired(outputs[0])
+        loss.backward()
+    torch.UntypedStorage._free_weak_ref(outputs[0])
+
+
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("method", ["dora_c", "conv_dora"])
 def test_gradients_with_other_uses_of_the_output(use, method):

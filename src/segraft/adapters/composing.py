@@ -5,7 +5,7 @@ costs where images are small, so each is one call that keeps the weight's own me
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -118,8 +118,14 @@ def by_rows(weight: Tensor, values: Tensor, channel_dim: int) -> tuple[Tensor, T
     return weight, along(values, weight, channel_dim)
 
 
-def contract(gradient: Tensor, update: Matrices, shrink: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The gradients of left and right from that of ΔW [o, i, *kernel], multiplied by `shrink` [o]."""
+def contract(
+    gradient: Tensor, update: Matrices, shrink: Tensor | None = None, channel_dim: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The gradients of left and right from that of ΔW [o, i, *kernel], multiplied by `shrink` [channels]."""
+    if shrink is not None and channel_dim == 1:
+        shrink = along(shrink, update.right, 1)
+        of_left, of_right = contract(gradient, replace(update, right=update.right * shrink))
+        return of_left, of_right * shrink
     layout = Layout.of(gradient, update.held)
     matrix, right = layout.matrix(gradient), layout.matrix(update.right)
     left = update.left if shrink is None else by_row(update.left, shrink)

@@ -76,7 +76,7 @@ def executed(forward: Callable[..., Tensor], dims: int) -> Callable[..., Tensor]
             return by_channel(layer, x, of_channels, dims, (*others, *named.values()))
         if is_compiling():
             return forward(layer, x, *others, **named)
-        settle_last()
+        settle_last(x)
         if not is_grad_enabled() or others or named or not _is_training_as_usual(layer, x, dims):
             return forward(layer, x, *others, **named)
         edits = list(grafts.active_edits("weight"))
@@ -96,7 +96,7 @@ def executed(forward: Callable[..., Tensor], dims: int) -> Callable[..., Tensor]
 
 
 def _by_channel(layer: nn.Module, x: Tensor, edits: Sequence[LowRank], dims: int, others: Sequence[Any]) -> Tensor:
-    settle_last()
+    settle_last(x)
     if others:
         raise SegraftError(
             f"a {type(layer).__name__.removeprefix('Grafted')} layer with an adapter per channel was called with more "
@@ -227,8 +227,8 @@ def _is_possible(way: Way, operator: Operator, edit: LowRank, x: Tensor, base: T
     if edit.m is not None and _saving_is_somebody_elses():
         return False  # no output to keep
     if operator.transposed:
-        # With a magnitude the output kept would be the larger side, which no later layer keeps.
-        return way == "chain" and edit.m is None and operator.has_adjoint()
+        of_outputs = edit.m is None or edit.slot.channel_dim(edit.magnitude_dim) == 1
+        return way == "chain" and of_outputs and operator.has_adjoint()
     # In bf16 another sum would be rounded than in the merged weight.
     return way == "chain" or (is_own and x.dtype == base.dtype == composing_dtype(base.dtype))
 

@@ -87,7 +87,7 @@ class AdaptedLayer(torch.autograd.Function):
         """
         y = own(plan.operator.forward(x, weight, bias))
         with_output = m is not None and bool(plan.stages)
-        ctx.plan, ctx.kept = plan, Kept(y) if with_output else None
+        ctx.plan, ctx.kept = plan, Kept(y, copied=plan.operator.transposed) if with_output else None
         ctx.save_for_backward(x, bias if with_output else None, weight, norm, m, left, right, *kernels)
         return y
 
@@ -104,13 +104,17 @@ class AdaptedLayer(torch.autograd.Function):
         of_kernels: Sequence[Tensor | None] = [None] * len(kernels)
         t, sums = magnitude_product(ctx, g, bias) if m is not None and plan.stages else (None, None)
         of_bias = bias_gradient(operator, g, sums) if needs[2] else None
+        if not g.is_contiguous() and channels_first(g):
+            g = g.contiguous()  # part of the gradient of features beside each other: better copied once than by each
         if plan.stages and (m is None or t is not None):
             # Only now: the output may be gone, which counts at the peak of a step.
             of_x = operator.input_gradient(g, weight, x) if needs[1] else None
             of_kernels = chain_gradients(plan, g, x, kernels, None if m is None else m / norm)
             if m is not None and t is not None:
                 of_m = t.to(m.dtype) / divisor(m)
-                of_left, of_right = contract(weight.to(left.dtype), Matrices(left, right, plan.held), -of_m / norm)
+                of_left, of_right = contract(
+                    weight.to(left.dtype), Matrices(left, right, plan.held), -of_m / norm, plan.channel_dim
+                )
         else:
             of_x, of_weight = operator.gradients(g, x, weight, of_x=needs[1])
             of_m, of_left, of_right = gradients_through_weight(plan, of_weight, weight, norm, m, left, right)
@@ -173,8 +177,9 @@ def chain_gradients(plan: Plan, g: Tensor, x: Tensor, kernels: Sequence[Tensor],
 
     Of a transposed convolution they are those of the convolution that is its adjoint, which maps g to x.
     """
-    entering, leaving = (g, x) if plan.operator.transposed else (x, g)
-    run = Pass.of(plan.operator, plan.stages, kernels, entering, gain)
+    turned = plan.operator.transposed
+    entering, leaving = (g, x) if turned else (x, g)
+    run = Pass.of(plan.operator, plan.stages, kernels, entering, gain, gain_enters=turned)
     return run.gradients(leaving, run.inputs(entering))[0]
 
 

@@ -15,10 +15,18 @@ class Kept:
     then. So one ReLU in place is allowed for, recognised in autograd's graph when the next adapted layer runs, if in
     the backward pass g is the very tensor that it hands down: another use of y, or a hook, would have made another one.
     Anything else that was written to y shows in its version.
+
+    An output that no later layer keeps, as that of a transposed convolution which is put beside skipped features at
+    once, is not kept for this alone: in its place comes the part of the next layer's input that is a copy of it.
+
+    Args:
+        y: the output.
+        copied: whether only a copy of it within the next layer's input is kept.
     """
 
-    def __init__(self, y: Tensor) -> None:
-        self.y = y.detach()  # shares the version counter; y itself would be a cycle with its own graph
+    def __init__(self, y: Tensor, *, copied: bool = False) -> None:
+        self.y: Tensor | None = y.detach()  # shares the version counter; y itself would be a cycle with its own graph
+        self.copied = copied
         self.version = y._version
         self.output: weakref.ref[Tensor] | None = None
         self.through_relu = False
@@ -30,8 +38,11 @@ class Kept:
         self.version = output._version
         _LAST.kept = weakref.ref(self)
 
-    def settle(self) -> None:
-        """Allow for one ReLU in place since."""
+    def settle(self, entering: object) -> None:
+        """Allow for one ReLU in place since, or take the copy out of what enters the next layer."""
+        if self.copied:
+            self._settle_on_copy(entering)
+            return
         output = None if self.output is None else self.output()
         if output is None or output._version != self.version + 1 or output.grad_fn is None:
             return
@@ -48,10 +59,24 @@ class Kept:
 
             done.register_hook(remember)
 
+    def _settle_on_copy(self, entering: object) -> None:
+        y, self.y = self.y, None
+        if y is None or y._version != self.version or type(entering) is not Tensor or entering.grad_fn is None:
+            return
+        done: Any = entering.grad_fn
+        alike = entering.ndim == y.ndim and entering.shape[:1] + entering.shape[2:] == y.shape[:1] + y.shape[2:]
+        if done.name() != "CatBackward0" or not alike:
+            return
+        inputs = [getattr(each, "kept", None) is self for each, _ in done.next_functions]
+        if sum(inputs) == 1 and (inputs[0] or inputs[-1]):
+            start = 0 if inputs[0] else entering.shape[1] - y.shape[1]
+            self.y = entering.detach().narrow(1, start, y.shape[1])
+            self.version = self.y._version
+
     def is_valid(self, g: Tensor) -> bool:
         """Whether nothing else was written to y, and all of its gradient `g` came through the ReLU, if there is one."""
         handed_down, self.handed_down = self.handed_down, None
-        if self.y._version != self.version:
+        if self.y is None or self.y._version != self.version:
             return False
         if not self.through_relu:
             return True
@@ -69,9 +94,9 @@ class _Last(threading.local):
 _LAST = _Last()
 
 
-def settle_last() -> None:
-    """To be called when the next layer runs: what follows the last one in place has happened by then."""
+def settle_last(entering: object) -> None:
+    """To be called when the next layer runs, with its input: what follows the last one has happened by then."""
     kept = None if _LAST.kept is None else _LAST.kept()
     if kept is not None:
-        kept.settle()
+        kept.settle(entering)
     _LAST.kept = None

@@ -180,7 +180,7 @@ def correlation(g: Tensor, x: Tensor) -> Tensor:
     if g.shape[1] > x.shape[1]:
         return correlation(x, g).t()
     if serves(g[0], x[0].t()):
-        if _pays_to_turn(*g[0].shape, x[0].numel()):
+        if _pays_to_turn(g.shape[1], g.shape[2], x[0].numel()):
             return _sum_of_products(x, g).t()
         return _sum_of_products(g, x)
     n, dtype = g.shape[2], composing_dtype(g.dtype)

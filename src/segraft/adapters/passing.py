@@ -20,13 +20,15 @@ class Pass:
     Attributes:
         operators: one per stage.
         kernels: one per stage, in the dtype and memory format of the activations.
-        gain: [o] that multiplies the outputs of the last stage, already in its kernel; None: 1.
+        gain: [channels] that multiplies the outputs of the last stage, already in its kernel; None: 1.
+        gain_enters: whether it multiplies the inputs of the first stage instead.
         dtype: of the gradients of the kernels.
     """
 
     operators: Sequence[Operator]
     kernels: Sequence[Tensor]
     gain: Tensor | None
+    gain_enters: bool
     dtype: torch.dtype
 
     @classmethod
@@ -37,18 +39,21 @@ class Pass:
         kernels: Sequence[Tensor],
         entering: Tensor,
         gain: Tensor | None = None,
+        *,
+        gain_enters: bool = False,
     ) -> "Pass":
         """For a layer's `operator`; of a transposed one, the stages of its adjoint."""
         rank = kernels[0].shape[0]
         small = [kernel.to(entering.dtype) for kernel in kernels]
         if gain is not None:
-            small[-1] = along(gain, small[-1], 0).to(entering.dtype) * small[-1]
+            at, dim = (0, 1) if gain_enters else (-1, 0)
+            small[at] = along(gain, small[at], dim).to(entering.dtype) * small[at]
         # A kernel whose strides look like channels last would make torch copy the activations into that format.
         is_image = entering.ndim == small[0].ndim  # a linear layer's input may have any shape
         last = is_image and not channels_first(entering)
         memory = CHANNELS_LAST[entering.ndim] if last else torch.contiguous_format
         small = [kernel.contiguous(memory_format=memory) for kernel in small]
-        return cls([operator.stage(stage, rank) for stage in stages], small, gain, kernels[0].dtype)
+        return cls([operator.stage(stage, rank) for stage in stages], small, gain, gain_enters, kernels[0].dtype)
 
     def inputs(self, entering: Tensor) -> list[Tensor]:
         """What enters each stage."""
@@ -72,5 +77,6 @@ class Pass:
             if position > 0 or of_entering:
                 leaving = operator.input_gradient(leaving, kernel, entered)
         if self.gain is not None:
-            found[0] = along(self.gain, found[0], 0) * found[0]
+            at, dim = (-1, 1) if self.gain_enters else (0, 0)
+            found[at] = along(self.gain, found[at], dim) * found[at]
         return found[::-1], leaving if of_entering else None

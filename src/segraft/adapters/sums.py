@@ -27,6 +27,12 @@ def products_and_sums(g: Tensor, y: Tensor, shift: Tensor | None) -> tuple[Tenso
     """
     channels, positions = g.shape[1], math.prod(g.shape[2:]) if g.ndim > 2 else len(g)
     parts = math.gcd(positions, 1 << max(0, (positions // FEW).bit_length() - 1))
+    if len(g) > 1 and not (g.is_contiguous() and y.is_contiguous()) and g[0].is_contiguous() and y[0].is_contiguous():
+        # Parts of the channels of larger images.
+        several = zip(g.chunk(len(g)), y.chunk(len(g)), strict=True)
+        found = [products_and_sums(each_g, each_y, shift) for each_g, each_y in several]
+        products, sums = (torch.stack(each).sum(0) for each in zip(*found, strict=True))
+        return products, sums
     if not _can_be_read_once(g, y, positions // parts):
         return _one_by_one(g, y, shift)
     dtype = composing_dtype(g.dtype)
