@@ -156,14 +156,14 @@ def overlap(
     return tuple(source), tuple(target)
 
 
-LONG_ROWS, MANY = 1 << 18, 1 << 22
-"""Of rows shorter than this, oneDNN better takes the wide side's as rows; of a wide side with more numbers than that,
-only where the narrow one fills its vectors."""
+SHORT_ROWS, LONG_ROWS, MANY = 1 << 11, 1 << 18, 1 << 22
+"""Of rows that are neither shorter nor longer, oneDNN better takes the wide side's as rows; of a wide side with more
+numbers than that, only where the narrow one fills its vectors."""
 
 
 def _pays_to_turn(rows: int, length: int, numbers: int) -> bool:
     """Whether `correlation` had better take its wide side, of so many numbers, as rows of the product."""
-    return length < LONG_ROWS and (numbers < MANY or rows <= LANES or rows % LANES == 0)
+    return SHORT_ROWS <= length < LONG_ROWS and (numbers < MANY or rows <= LANES or rows % LANES == 0)
 
 
 def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
