@@ -6,6 +6,7 @@ from torch import nn
 
 from segraft.adapters import AdapterSpec, graft
 from segraft.adapters.edits import BiasFactor
+from segraft.adapters.layers import WeightSlot, channel_norm
 
 
 def norm_by_output_channel(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
@@ -37,6 +38,21 @@ LAYERS = [
     "depthwise-transposed",
     "transposed2d-all",
 ]
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 2, 2), (6, 5, 3, 3, 2), (1, 5, 2), (6, 5, 4, 4), (6, 1, 2, 2)])
+def test_norms_of_transposed_weights(shape):
+    """Also of a channel of zeros, which has a norm that can be divided by, and no gradient."""
+    weight = torch.randn(shape, dtype=torch.float64)
+    weight[:, -1] = 0
+    slot = WeightSlot("weight", None, transposed=True)
+    expected = weight.transpose(0, 1).flatten(1).square().sum(1).sqrt()
+    torch.testing.assert_close(channel_norm(weight, slot, None), expected)
+    assert float(channel_norm(weight, slot, None).min()) > 0
+    weight.requires_grad_()
+    (gradient,) = torch.autograd.grad(channel_norm(weight, slot, None).sum(), weight)
+    there = expected.clamp_min(1e-300).view(-1, *(1 for _ in shape[2:]))
+    torch.testing.assert_close(gradient, weight.detach() / there)
 
 
 @pytest.mark.parametrize("kind", LAYERS, indirect=True)

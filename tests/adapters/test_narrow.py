@@ -58,6 +58,18 @@ def test_correlation_of_what_is_no_block_of_memory(n):
     torch.testing.assert_close(correlation(g.contiguous(), x), expected)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("n", [1 << 10, 1 << 12, 3 << 16])
+@pytest.mark.parametrize("rows", [8, 24, 32])
+def test_correlation_of_long_rows_in_float32(rows, n, batch):
+    """Both ways round, whichever side is the wide one."""
+    g, x = draw(batch, rows, n), draw(batch, 40, n, seed=1)
+    expected = torch.einsum("bon,bin->oi", g, x)
+    g, x = g.float(), x.float()
+    for found in (correlation(g, x), correlation(x, g).t()):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 * n**0.5)
+
+
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.integers(1, 3))
 def test_pointwise(batch, o, i, dims):
     matrix, x = draw(o, i), draw(batch, i, *range(2, 2 + dims), seed=1)
@@ -437,6 +449,46 @@ def test_the_input_gradient_of_few_channels_of_a_small_image_is_a_convolution(
     monkeypatch.setattr(Convolution, "_pays_to_fold", lambda *_: False)
     found = Convolution((1, 1, 1), padding, dilation, (0, 0, 0)).input_gradient(g, weight, x.detach())
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("o", "i", "size", "mirrored"),
+    [
+        (32, 32, (256, 256), True),
+        (48, 32, (16, 4096), True),
+        (32, 32, (250, 256), False),
+        (24, 32, (256, 256), False),
+        (128, 160, (64, 64), True),
+        (128, 160, (60, 64), False),
+        (1280, 160, (64, 64), False),
+        (128, 160, (64, 64, 1), False),
+    ],
+)
+def test_the_input_gradient_of_wide_images_is_a_convolution_with_the_mirrored_kernel(monkeypatch, o, i, size, mirrored):
+    """In two dimensions, unless mirroring the weight takes what is saved."""
+    operator = Convolution((1,) * len(size), (1,) * len(size), (1,) * len(size), (0,) * len(size))
+    monkeypatch.setattr(Convolution, "forward", Mock(return_value="mirrored"))
+    for name in ("_backward", "_filtering"):
+        monkeypatch.setattr(Convolution, name, Mock(return_value=None))
+    g, x, weight = torch.empty(1, o, *size), torch.empty(1, i, *size), torch.empty(o, i, *(3 for _ in size))
+    assert (operator.input_gradient(g, weight, x) == "mirrored") == mirrored
+
+
+@pytest.mark.parametrize(
+    ("kernel", "padding", "dilation"),
+    [((3, 3), (1, 1), (1, 1)), ((1, 3), (0, 1), (1, 1)), ((2, 5), (0, 3), (1, 2)), ((3, 3), (0, 2), (1, 2))],
+)
+def test_gradients_with_the_mirrored_kernel(monkeypatch, kernel, padding, dilation):
+    monkeypatch.setattr(convolution, "MIRRORED_LARGE", 1)
+    spy = Mock(wraps=convolution.mirror)
+    monkeypatch.setattr(convolution, "mirror", spy)
+    x, weight = draw(2, 32, 12, 9).float().requires_grad_(), draw(40, 32, *kernel, seed=1).float()
+    y = nn.functional.conv2d(x, weight, None, 1, padding, dilation)
+    g = draw(*y.shape, seed=2).float()
+    (expected,) = torch.autograd.grad(y, x, g)
+    found = Convolution((1, 1), padding, dilation, (0, 0)).input_gradient(g, weight, x.detach())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert spy.called == all(d * (k - 1) >= p for k, p, d in zip(kernel, padding, dilation, strict=True))
 
 
 def test_the_input_gradient_at_few_positions_is_a_product_with_the_weight_as_it_lies(spied):

@@ -30,6 +30,7 @@ LAYOUTS = {
     "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
     "channels first of all": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
     "with gaps": lambda x: torch.stack([x, x], -1).flatten(-2)[..., ::2],
+    "part of the channels": lambda x: torch.cat([x, x], 1)[:, x.shape[1] :],
     "space backwards": lambda x: x.permute(0, 1, *range(x.ndim - 1, 1, -1)).contiguous().permute(
         0, 1, *range(x.ndim - 1, 1, -1)
     ),
