@@ -55,6 +55,16 @@ def test_norms_of_transposed_weights(shape):
     torch.testing.assert_close(gradient, weight.detach() / there)
 
 
+def test_what_is_no_number_has_no_norm():
+    weight = torch.ones(4, 3, 2, 2)
+    weight[1, 2, 0, 1] = torch.nan
+    assert channel_norm(weight, WeightSlot("weight", None, transposed=True), None).isnan().tolist() == [
+        False,
+        False,
+        True,
+    ]
+
+
 @pytest.mark.parametrize("kind", LAYERS, indirect=True)
 def test_the_adapted_weight_has_the_magnitudes_as_norms(kind, adapted):
     net = adapted(kind, "dora_c")

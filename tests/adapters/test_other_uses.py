@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from segraft.adapters import AdapterSpec, graft
 from segraft.adapters import kept as kept_outputs
@@ -59,6 +60,12 @@ def cat(*tensors, dim=1):
     return torch.cat(tensors, dim)
 
 
+def in_secret(y):
+    """Autograd's graph does not tell."""
+    with torch.no_grad():
+        return y.mul_(2)
+
+
 JOINS = {
     "first": (12, True, cat),
     "last": (12, True, lambda y, skip: cat(skip, y, dim=-3)),
@@ -72,6 +79,9 @@ JOINS = {
     "after a ReLU in place": (12, False, lambda y, skip: cat(y.relu_(), skip)),
     "changed after it": (12, False, lambda y, skip: (cat(y, skip), y.mul_(2))[0]),
     "used beside it": (12, True, lambda y, skip: cat(y, skip + y)),
+    "changed in secret": (12, False, lambda y, skip: in_secret(cat(y, skip))),
+    "changed in secret before": (12, False, lambda y, skip: cat(in_secret(y), skip)),
+    "in other precision": (12, False, lambda y, skip: cat(y.float(), skip).double()),
     "overwritten": (12, False, lambda y, skip: cat(y, skip).relu_()),
 }
 
@@ -103,6 +113,48 @@ def test_output_put_beside_others(join, method, batch, monkeypatch):
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, msg=lambda text, at=(way, name): f"{at}: {text}")
     assert set(found_valid) == {copied}
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+@pytest.mark.parametrize("adapted", [True, False])
+def test_what_the_output_is_put_beside_is_not_kept_for_it(adapted, padding_mode):
+    """Where the next layer does not keep its input, being frozen or padding it, nor is that kept."""
+    net, inputs = Beside(cat), []
+    net.second = nn.Conv2d(12, 3, 3, padding=1, padding_mode=padding_mode)
+    net.forward = lambda x: net.second(net.join(net.first(x), x.repeat(1, 2, 2, 2)[:, :6])).sum()
+    net = graft(net, AdapterSpec("dora_c", rank=2, exclude=None if adapted else ["second"]))
+    net.second.register_forward_pre_hook(lambda _, x: inputs.append(x[0].untyped_storage()._weak_ref()))
+    with execution("chain"):
+        loss = net(torch.randn(2, 4, 4, 4))
+        kept = adapted and padding_mode == "zeros"
+        assert torch.UntypedStorage._expired(inputs[0]) != kept
+        loss.backward()
+    torch.UntypedStorage._free_weak_ref(inputs[0])
+
+
+class Copies(TorchDispatchMode):
+    """What is copied into another order of memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.clone.default and args[0].ndim == 4 and args[0].numel() > 1000:
+            self.made.append(found)
+        return found
+
+
+@pytest.mark.parametrize("make", [nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("way", ["weight", "chain"])
+def test_gradients_of_features_beside_others_keep_channels_last(way, make):
+    layer = graft(make(8, 16, 2, stride=2), AdapterSpec("conv_lora", rank=2))
+    x = torch.randn(2, 8, 16, 16, requires_grad=True).to(memory_format=torch.channels_last)
+    with execution(way), Copies() as copies:
+        y = layer(x)
+        torch.cat((y, y.detach()), 1).square().sum().backward()
+    assert not [copy for copy in copies.made if not copy.is_contiguous(memory_format=torch.channels_last)]
 
 
 def test_output_put_beside_others_is_not_kept_itself():

@@ -62,6 +62,7 @@ def assert_right(g, y, shift, tolerance):
 @pytest.fixture
 def parts_of_small_channels(monkeypatch):
     monkeypatch.setattr(sums, "FEW", 20)
+    monkeypatch.setattr(sums, "ALONE", 40)
 
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -154,3 +155,12 @@ def test_empty_sums_are_zero():
         products, total = products_and_sums(torch.zeros(shape), torch.zeros(shape), torch.ones(20))
         assert torch.equal(products, torch.zeros(20))
         assert torch.equal(total, torch.zeros(20))
+
+
+def test_tokens_and_small_images_are_not_summed_one_by_one(monkeypatch):
+    """Part of the features of many, as of queries beside keys and values."""
+    halves = [draw(*shape)[:, : shape[1] // 2] for shape in [(500, 64), (40, 32, 6, 6)]]
+    several = [products_and_sums(half, half.contiguous(), None)[0] for half in halves]
+    monkeypatch.setattr(sums, "products_and_sums", None)  # by which they would
+    for half, expected in zip(halves, several, strict=True):
+        torch.testing.assert_close(products_and_sums(half, half.contiguous(), None)[0], expected)

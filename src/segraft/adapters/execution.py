@@ -38,7 +38,7 @@ from segraft.adapters.composing import compose
 from segraft.adapters.edits import Edit, LowRank
 from segraft.adapters.functions import NEXT_TO_ZERO, AdaptedLayer, FrozenLayer, Plan
 from segraft.adapters.grafted import adapted_tensor, base_tensor, grafts_of
-from segraft.adapters.kept import settle_last
+from segraft.adapters.kept import Kept, settle_last
 from segraft.adapters.layers import channel_norm, composing_dtype
 from segraft.adapters.operators import Operator
 from segraft.adapters.parallel import ParallelLayer
@@ -76,7 +76,7 @@ def executed(forward: Callable[..., Tensor], dims: int) -> Callable[..., Tensor]
             return by_channel(layer, x, of_channels, dims, (*others, *named.values()))
         if is_compiling():
             return forward(layer, x, *others, **named)
-        settle_last(x)
+        copied = settle_last()
         if not is_grad_enabled() or others or named or not _is_training_as_usual(layer, x, dims):
             return forward(layer, x, *others, **named)
         edits = list(grafts.active_edits("weight"))
@@ -86,17 +86,17 @@ def executed(forward: Callable[..., Tensor], dims: int) -> Callable[..., Tensor]
             return forward(layer, x)
         device = x.device.type
         if not torch.is_autocast_enabled(device):
-            return _run(layer, x, before, trained)
+            return _run(layer, x, before, trained, copied)
         if x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            return _run(layer, x, before, trained)
+            return _run(layer, x, before, trained, copied)
 
     return run
 
 
 def _by_channel(layer: nn.Module, x: Tensor, edits: Sequence[LowRank], dims: int, others: Sequence[Any]) -> Tensor:
-    settle_last(x)
+    settle_last()
     if others:
         raise SegraftError(
             f"a {type(layer).__name__.removeprefix('Grafted')} layer with an adapter per channel was called with more "
@@ -173,8 +173,8 @@ def _bias(layer: nn.Module, x: Tensor) -> Tensor | None:
     return bias.to(x.dtype) if isinstance(bias, Tensor) else None
 
 
-def _run(layer: nn.Module, x: Tensor, before: Sequence[Edit], trained: Edit | None) -> Tensor:
-    return _run_adapted(layer, x, before, trained) if isinstance(trained, LowRank) else _run_frozen(layer, x)
+def _run(layer: nn.Module, x: Tensor, before: Sequence[Edit], trained: Edit | None, copied: Kept | None) -> Tensor:
+    return _run_adapted(layer, x, before, trained, copied) if isinstance(trained, LowRank) else _run_frozen(layer, x)
 
 
 def _run_frozen(layer: nn.Module, x: Tensor) -> Tensor:
@@ -184,8 +184,10 @@ def _run_frozen(layer: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def _run_adapted(layer: nn.Module, x: Tensor, before: Sequence[Edit], edit: LowRank) -> Tensor:
+def _run_adapted(layer: nn.Module, x: Tensor, before: Sequence[Edit], edit: LowRank, copied: Kept | None) -> Tensor:
     operator, x = operator_of(layer, x)
+    if copied is not None and not _saving_is_somebody_elses():
+        copied.take_from(x)
     base = own = base_tensor(layer, "weight")
     grafts_of(layer).composed.pop("weight", None)  # of an evaluation before
     with torch.no_grad():

@@ -104,7 +104,7 @@ class AdaptedLayer(torch.autograd.Function):
         of_kernels: Sequence[Tensor | None] = [None] * len(kernels)
         t, sums = magnitude_product(ctx, g, bias) if m is not None and plan.stages else (None, None)
         of_bias = bias_gradient(operator, g, sums) if needs[2] else None
-        if not g.is_contiguous() and channels_first(g):
+        if not g.is_contiguous() and channels_first(g) and channels_first(x):
             g = g.contiguous()  # part of the gradient of features beside each other: better copied once than by each
         if plan.stages and (m is None or t is not None):
             # Only now: the output may be gone, which counts at the peak of a step.

@@ -4,6 +4,7 @@ import threading
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -16,8 +17,9 @@ class Kept:
     the backward pass g is the very tensor that it hands down: another use of y, or a hook, would have made another one.
     Anything else that was written to y shows in its version.
 
-    An output that no later layer keeps, as that of a transposed convolution which is put beside skipped features at
-    once, is not kept for this alone: in its place comes the part of the next layer's input that is a copy of it.
+    The output of a transposed convolution, which U-Nets put beside skipped features at once, is kept by no later layer
+    and not for this alone either, but until the next layer runs. From then on the part of that layer's input that is a
+    copy of it serves instead, where there is one which that layer keeps.
 
     Args:
         y: the output.
@@ -27,6 +29,7 @@ class Kept:
     def __init__(self, y: Tensor, *, copied: bool = False) -> None:
         self.y: Tensor | None = y.detach()  # shares the version counter; y itself would be a cycle with its own graph
         self.copied = copied
+        self.unchanged_copy: tuple[torch.Size, torch.dtype] | None = None
         self.version = y._version
         self.output: weakref.ref[Tensor] | None = None
         self.through_relu = False
@@ -38,10 +41,11 @@ class Kept:
         self.version = output._version
         _LAST.kept = weakref.ref(self)
 
-    def settle(self, entering: object) -> None:
-        """Allow for one ReLU in place since, or take the copy out of what enters the next layer."""
+    def settle(self) -> None:
+        """Allow for one ReLU in place since, or let go what is to be found in the next layer's input."""
         if self.copied:
-            self._settle_on_copy(entering)
+            y, self.y = self.y, None
+            self.unchanged_copy = None if y is None or y._version != self.version else (y.shape, y.dtype)
             return
         output = None if self.output is None else self.output()
         if output is None or output._version != self.version + 1 or output.grad_fn is None:
@@ -59,18 +63,19 @@ class Kept:
 
             done.register_hook(remember)
 
-    def _settle_on_copy(self, entering: object) -> None:
-        y, self.y = self.y, None
-        if y is None or y._version != self.version or type(entering) is not Tensor or entering.grad_fn is None:
-            return
+    def take_from(self, entering: Tensor) -> None:
+        """Take the copy out of what enters the next layer and is kept by it, if autograd's graph says it is one."""
         done: Any = entering.grad_fn
-        alike = entering.ndim == y.ndim and entering.shape[:1] + entering.shape[2:] == y.shape[:1] + y.shape[2:]
-        if done.name() != "CatBackward0" or not alike:
+        if self.unchanged_copy is None or type(entering) is not Tensor or done is None:
+            return
+        shape, dtype = self.unchanged_copy
+        alike = entering.dtype == dtype and entering.ndim == len(shape) and entering.shape[0] == shape[0]
+        if not alike or entering.shape[2:] != shape[2:] or done.name() != "CatBackward0" or entering._version:
             return
         inputs = [getattr(each, "kept", None) is self for each, _ in done.next_functions]
         if sum(inputs) == 1 and (inputs[0] or inputs[-1]):
-            start = 0 if inputs[0] else entering.shape[1] - y.shape[1]
-            self.y = entering.detach().narrow(1, start, y.shape[1])
+            start = 0 if inputs[0] else entering.shape[1] - shape[1]
+            self.y = entering.detach().narrow(1, start, shape[1])
             self.version = self.y._version
 
     def is_valid(self, g: Tensor) -> bool:
@@ -94,9 +99,15 @@ class _Last(threading.local):
 _LAST = _Last()
 
 
-def settle_last(entering: object) -> None:
-    """To be called when the next layer runs, with its input: what follows the last one has happened by then."""
+def settle_last() -> Kept | None:
+    """To be called when the next layer runs: what follows the last one in place has happened by then.
+
+    Returns:
+        An output of which the next layer's input may hold the copy to be kept.
+    """
     kept = None if _LAST.kept is None else _LAST.kept()
-    if kept is not None:
-        kept.settle(entering)
     _LAST.kept = None
+    if kept is None:
+        return None
+    kept.settle()
+    return kept if kept.unchanged_copy is not None else None

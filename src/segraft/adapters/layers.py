@@ -128,5 +128,5 @@ def _norm_of_columns(view: Tensor) -> Tensor:
     """‖·‖ [c] of [a, c, b] over a and b, row by row."""
     rows = view.flatten(1)
     squares = (rows * rows).sum(0).view(view.shape[1], -1).sum(1)
-    there = squares > 0  # the root of zero has no gradient
-    return torch.where(there, torch.where(there, squares, 1.0).sqrt(), 0.0)
+    zero = squares == 0  # of which the root has no gradient
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, squares).sqrt())

@@ -13,6 +13,9 @@ FEW, MOST, ROWS = 1 << 10, 1 << 14, 16
 LARGE = 1 << 23
 """Of something this large no copy is made only to add it up."""
 
+ALONE = 1 << 20
+"""Numbers of an image that is worth a call of its own."""
+
 
 def products_and_sums(g: Tensor, y: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     """Σ g·(y − shift) and Σ g over all dimensions but the second: two of [C], in at least float32.
@@ -27,8 +30,7 @@ def products_and_sums(g: Tensor, y: Tensor, shift: Tensor | None) -> tuple[Tenso
     """
     channels, positions = g.shape[1], math.prod(g.shape[2:]) if g.ndim > 2 else len(g)
     parts = math.gcd(positions, 1 << max(0, (positions // FEW).bit_length() - 1))
-    if len(g) > 1 and not (g.is_contiguous() and y.is_contiguous()) and g[0].is_contiguous() and y[0].is_contiguous():
-        # Parts of the channels of larger images.
+    if _are_parts_of_images(g, y):
         several = zip(g.chunk(len(g)), y.chunk(len(g)), strict=True)
         found = [products_and_sums(each_g, each_y, shift) for each_g, each_y in several]
         products, sums = (torch.stack(each).sum(0) for each in zip(*found, strict=True))
@@ -50,6 +52,13 @@ def products_and_sums(g: Tensor, y: Tensor, shift: Tensor | None) -> tuple[Tenso
     if g.ndim > 2:
         return products.view(channels, parts).sum(1), sums.view(channels, parts).sum(1)
     return products.view(parts, channels).sum(0), sums.view(parts, channels).sum(0)
+
+
+def _are_parts_of_images(g: Tensor, y: Tensor) -> bool:
+    """Whether these are part of the channels of a batch of large images: dense each by itself, not together."""
+    large = g.ndim > 2 and len(g) > 1 and g[0].numel() >= ALONE and g.device.type == "cpu"
+    together = g.is_contiguous() and y.is_contiguous()
+    return large and not together and g[0].is_contiguous() and y[0].is_contiguous()
 
 
 def _can_be_read_once(g: Tensor, y: Tensor, part: int) -> bool:
