@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch import nn
 
 from segraft.adapters import products
+from segraft.adapters.linear import Dense
 from segraft.adapters.products import ENOUGH, FEW_ROWS, LONG, is_fast, is_left_to_torch, product, serves
 
 SIDES = 170, 1 + ENOUGH // (170 * 180), 180
@@ -256,3 +258,21 @@ def test_what_torch_takes_itself(x, weight):
         assert is_left_to_torch(x, weight) == mine
     else:
         assert not is_left_to_torch(x, weight)  # small images in two dimensions take no time
+
+
+@pytest.mark.parametrize("shape", [(), (700,), (2, 350), (5, 7, 20)], ids=str)
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("lies", ["rows", "columns", "every other column"])
+def test_a_linear_layer_in_training_is_torchs_up_to_rounding(shape, biased, lies):
+    draw = drawing(0)
+    x, weight = draw(*shape, 90), LAYOUTS[lies](draw, 80, 90)
+    bias = draw(80) if biased else None
+    assert serves(x.reshape(-1, 90), weight.t()) == (products.HAS_ONEDNN and bool(shape))
+    found = Dense().output(x, weight, bias)
+    assert found.shape == (*shape, 80)
+    torch.testing.assert_close(found, nn.functional.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+
+
+def test_a_linear_layer_that_records_gradients_is_torchs():
+    x, weight = drawing(0)(700, 90), drawing(1)(80, 90).requires_grad_()
+    assert Dense().output(x, weight, None).grad_fn is not None

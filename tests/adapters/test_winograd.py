@@ -15,7 +15,7 @@ from segraft.adapters.functions import FrozenLayer
 from segraft.adapters.products import HAS_ONEDNN
 from segraft.adapters.stages import chain
 from segraft.adapters.stock import operator_of
-from segraft.adapters.winograd import Filtering, dimension
+from segraft.adapters.winograd import ENOUGH_FORWARD, Filtering, dimension
 
 CASES = {
     "2d": ((8, 5), 0, (3, 3), (1, 1), (1, 1)),
@@ -50,6 +50,9 @@ def test_it_is_the_convolution_and_its_gradients(name, batch, slab, monkeypatch)
     of_x, of_weight = torch.autograd.grad(y, (x, weight), g)
     with torch.no_grad():
         torch.testing.assert_close(filtering.convolution(x, weight), y.detach())
+        bias = torch.randn(weight.shape[0], dtype=torch.float64)
+        biased = y.detach() + bias.view(-1, *(1 for _ in y.shape[2:]))
+        torch.testing.assert_close(filtering.convolution(x, weight, bias), biased)
         torch.testing.assert_close(filtering.input_gradient(g, weight, x.shape), of_x)
         both = filtering.gradients(g, x, weight)
         alone = filtering.gradients(g, x, weight, of_x=False)
@@ -96,6 +99,52 @@ def test_what_is_read_is_left_as_it_was():
 )
 def test_where_it_pays(shape, weight, padding, dilation, expected):
     assert dimension(shape, weight, padding, dilation) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "weight", "expected"),
+    [
+        pytest.param((1, 256, 64, 64), (256, 256, 3, 3), 0, id="2d-wide"),
+        pytest.param((1, 128, 128, 128), (128, 128, 3, 3), None, id="2d-narrower"),
+        pytest.param((1, 64, 48, 48, 48), (64, 64, 3, 3, 3), 0, id="3d"),
+    ],
+)
+def test_where_a_forward_pass_pays(shape, weight, expected):
+    ones = (1,) * (len(shape) - 2)
+    assert dimension(shape, weight, ones, ones, ENOUGH_FORWARD) == expected
+
+
+SHAPES = {
+    "adapted": AdapterSpec("dora_c", rank=2, exclude=["1"]),
+    "plain": AdapterSpec("conv_lora", rank=2, exclude=["1"]),
+    "frozen": AdapterSpec("lora_c", rank=2, exclude=["0"]),
+}
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="filtering pays where oneDNN computes the convolutions")
+@pytest.mark.parametrize("way", ["weight", "chain", "parallel"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_training_filters_and_evaluation_does_not(name, way, monkeypatch):
+    """What is trained is next to what is evaluated, bias and magnitude included; that has torch's bits."""
+    used, plain = [], Filtering.convolution
+    monkeypatch.setattr(Filtering, "convolution", lambda *a, **k: (used.append(0), plain(*a, **k))[1])
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv3d(32, 64, 3, padding=1), nn.Conv3d(64, 32, 3, padding=1))
+    graft(net, SHAPES[name])
+    for value in net.parameters():
+        if value.requires_grad:
+            value.data.add_(torch.randn_like(value) / 10)
+    x = torch.randn(1, 32, 12, 12, 12, requires_grad=True)
+    with execution(way):
+        y = net(x)
+    assert len(used) == 2
+    with torch.no_grad():
+        evaluated = net(x)
+        again = nn.functional.conv3d(x, net[0].weight, net[0].bias, padding=1)
+        again = nn.functional.conv3d(again, net[1].weight, net[1].bias, padding=1)
+    assert len(used) == 2
+    torch.testing.assert_close(evaluated, again, rtol=0, atol=0)
+    assert error(y.detach(), evaluated.double()) < 2e-6
 
 
 @pytest.mark.skipif(not HAS_ONEDNN, reason="filtering pays where oneDNN computes the convolutions")

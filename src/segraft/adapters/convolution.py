@@ -1,7 +1,7 @@
 """The arithmetic of convolutions and transposed convolutions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -28,7 +28,7 @@ from segraft.adapters.phases import (
 from segraft.adapters.products import LANES, is_fast, is_left_to_torch, is_traced
 from segraft.adapters.stages import Stage
 from segraft.adapters.sums import products_and_sums
-from segraft.adapters.winograd import Filtering, dimension
+from segraft.adapters.winograd import ENOUGH_FORWARD, ENOUGH_WORK, Filtering, dimension
 
 convolve = torch.ops.aten.convolution.default
 convolution_backward = torch.ops.aten.convolution_backward.default
@@ -62,8 +62,8 @@ def mirror(weight: Tensor) -> Tensor:
 class Convolution:
     """x [B, i, *space], weight [o, i / groups, *kernel] (transposed [i, o, *kernel]), y [B, o, *space].
 
-    Zero padding alone: a layer that pads otherwise pads x before. `forward` is torch's own, so that a layer computes
-    what it computed before; the rest uses the matrix products of `narrow` where they are cheaper than torch's.
+    Zero padding alone: a layer that pads otherwise pads x before. `forward` is torch's own, as in evaluation; the rest
+    uses minimal filtering and the matrix products of `narrow` where they are cheaper than torch's.
     """
 
     stride: tuple[int, ...]
@@ -74,10 +74,15 @@ class Convolution:
     groups: int = 1
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's output."""
+        """The layer's output, with torch's bits."""
         geometry = (self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups)
         y: Tensor = convolve(x, weight, bias, *geometry)
         return y
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output in training, up to rounding."""
+        filtering = self._filtering(x, weight, ENOUGH_FORWARD)
+        return self.forward(x, weight, bias) if filtering is None else filtering.convolution(x, weight, bias)
 
     def through(self, x: Tensor, weight: Tensor) -> Tensor:
         """X ∗ w."""
@@ -92,8 +97,7 @@ class Convolution:
         p = self._phases(x, i, o, kernel[0])
         if p > 1:
             return convolve_in_phases(x, weight, self.padding, self.dilation, p)
-        filtering = self._filtering(x, weight)
-        return self.forward(x, weight, None) if filtering is None else filtering.convolution(x, weight)
+        return self.output(x, weight, None)
 
     def input_gradient(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         """Of the input."""
@@ -230,18 +234,22 @@ class Convolution:
         """Whether the side with many channels can be read as it lies."""
         return self.groups == 1 and not self.transposed and wide.is_contiguous() and wide.device.type == "cpu"
 
-    def _filtering(self, wide: Tensor, weight: Tensor) -> Filtering | None:
-        """Minimal filtering, of both gradients and of passes through kernels of the chain, where that is cheaper."""
+    def _filtering(
+        self, wide: Tensor, weight: Tensor, enough_work: Mapping[int, float] = ENOUGH_WORK
+    ) -> Filtering | None:
+        """Minimal filtering, by default of a gradient, where that is cheaper."""
         if not (self._is_plain(wide) and is_fast(wide) and weight.is_contiguous()):
             return None
-        found = self.filtering(tuple(wide.shape), tuple(weight.shape))
+        found = self.filtering(tuple(wide.shape), tuple(weight.shape), enough_work)
         return None if found is None or is_traced(wide, weight) else found
 
-    def filtering(self, shape: tuple[int, ...], weight: tuple[int, ...]) -> Filtering | None:
+    def filtering(
+        self, shape: tuple[int, ...], weight: tuple[int, ...], enough_work: Mapping[int, float] = ENOUGH_WORK
+    ) -> Filtering | None:
         """The same from the shapes of one side and of the weight, for float32 on a CPU."""
         if self.transposed or self.groups > 1 or max(self.stride) > 1:
             return None
-        along = dimension(shape, weight, self.padding, self.dilation)
+        along = dimension(shape, weight, self.padding, self.dilation, enough_work)
         return None if along is None else Filtering(along, self.padding, self.dilation)
 
     def _is_disjoint(self, g: Tensor, weight: Tensor) -> bool:

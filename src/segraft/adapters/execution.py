@@ -11,7 +11,7 @@ Four ways, with the same result up to rounding:
 Layers with a set of factors per channel of the image are executed in `per_channel`.
 
 All but the first serve one trained low-rank edit on a linear or convolution layer of torch's own. In the first three,
-forward is one convolution with W, in `weight` and `chain` with the bits of the merged layer, and the gradient of the
+forward is one convolution with W, in `weight` and `chain` with the very W of the merged layer, and the gradient of the
 input goes through W.
 `choosing` takes the cheapest; `execution` overrides that. With a magnitude (DoRA) the gradient of V that reaches the
 factors is

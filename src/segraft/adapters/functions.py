@@ -85,7 +85,7 @@ class AdaptedLayer(torch.autograd.Function):
             right: of `Matrices`.
             kernels: of the stages.
         """
-        y = own(plan.operator.forward(x, weight, bias))
+        y = own(plan.operator.output(x, weight, bias))
         with_output = m is not None and bool(plan.stages)
         ctx.plan, ctx.kept = plan, Kept(y, copied=plan.operator.transposed) if with_output else None
         ctx.save_for_backward(x, bias if with_output else None, weight, norm, m, left, right, *kernels)
@@ -193,7 +193,7 @@ class FrozenLayer(torch.autograd.Function):
         # The backward pass takes its memory format from the weight, as it has no x.
         last = not channels_first(x)
         ctx.save_for_backward(weight.contiguous(memory_format=CHANNELS_LAST[weight.ndim]) if last else weight)
-        return operator.forward(x, weight, bias)
+        return operator.output(x, weight, bias)
 
     @staticmethod
     @once_differentiable

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from segraft.adapters.layers import composing_dtype
-from segraft.adapters.products import product
+from segraft.adapters.products import affine, product
 from segraft.adapters.stages import Stage
 from segraft.adapters.sums import products_and_sums
 
@@ -17,12 +17,16 @@ class Dense:
     transposed: bool = False
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's output."""
+        """The layer's output, with torch's bits."""
         return nn.functional.linear(x, weight, bias)
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output in training, up to rounding."""
+        return affine(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
     def through(self, x: Tensor, weight: Tensor) -> Tensor:
         """X ∗ w."""
-        return product(x.reshape(-1, x.shape[-1]), weight.t()).view(*x.shape[:-1], weight.shape[0])
+        return self.output(x, weight, None)
 
     def input_gradient(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
         """Of the input."""

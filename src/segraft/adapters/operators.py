@@ -20,7 +20,11 @@ class Operator(Protocol):
         ...
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's output."""
+        """The layer's output, with torch's bits."""
+        ...
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output in training, up to rounding."""
         ...
 
     def through(self, x: Tensor, weight: Tensor) -> Tensor:

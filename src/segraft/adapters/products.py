@@ -43,6 +43,13 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return _rows_by_columns(a.contiguous(), b.t())
 
 
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """X [m, k], w [n, k], b [n] or None -> x wᵀ + b [m, n]."""
+    if not serves(x, weight.t()):
+        return nn.functional.linear(x, weight, bias)
+    return _rows_by_columns(x.contiguous(), weight, bias)
+
+
 def is_fast(x: Tensor) -> bool:
     """Whether products of matrices as large and dense as this tensor are as fast as convolutions."""
     return HAS_ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu"
@@ -82,9 +89,12 @@ def is_traced(*tensors: Tensor) -> bool:
     )
 
 
-def _rows_by_columns(rows: Tensor, columns: Tensor) -> Tensor:
-    """[m, k], [n, k] -> [m, n]; the second in any order, but dense: else oneDNN takes a thousand times as long."""
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(rows, _dense(columns), None, "none", [], "")
+def _rows_by_columns(rows: Tensor, columns: Tensor, more: Tensor | None = None) -> Tensor:
+    """[m, k], [n, k] -> [m, n], `more` [n] added to each row.
+
+    The second in any order, but dense: else oneDNN takes a thousand times as long.
+    """
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(rows, _dense(columns), more, "none", [], "")
     return found
 
 
