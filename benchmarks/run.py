@@ -43,8 +43,20 @@ class Malloc(StrEnum):
     DEFAULT = "default"
 
 
-def measure(case: Case, group: Group, rounds: int | None, device: torch.device, *, steps: bool) -> dict[str, Any]:
-    """Memory, evaluation and, with `steps`, steps of every variant of a group; rounds: by default the network's own.
+class Timed(StrEnum):
+    """What is timed; memory is measured always."""
+
+    ALL = "all"
+    STEPS = "steps"
+    EVALUATION = "evaluation"
+
+    def of(self, group: Group) -> str:
+        """Under which name a run of the group goes into the file."""
+        return group.name if self == Timed.ALL else f"{group.name}, {self}"
+
+
+def measure(case: Case, group: Group, rounds: int | None, device: torch.device, timed: Timed) -> dict[str, Any]:
+    """Memory, steps and evaluation of every variant of a group; rounds: by default the network's own.
 
     A variant that fails, for whatever reason, is a row that says so: a long benchmark goes on without it.
     """
@@ -60,12 +72,13 @@ def measure(case: Case, group: Group, rounds: int | None, device: torch.device, 
             continue
         subjects[variant.name] = subject
         row |= {"note": subject.note, "trainable": subject.trainable, "memory": asdict(memory)}
+    steps, evaluated = timed != Timed.EVALUATION, timed != Timed.STEPS and group.evaluated
     if steps:
         tasks = {name: subject.step for name, subject in subjects.items()}
         for name, seconds in alternate(tasks, rounds or case.rounds, device).items():
             rows[name]["step"] = seconds
     evaluations = max(rounds or case.rounds, case.evaluations)
-    if group.evaluated and FULL in subjects:
+    if evaluated and FULL in subjects:
         for subject in subjects.values():
             subject.net.eval()
         # The whole of full fine-tuning is a plain network, so its evaluation is the base's.
@@ -73,11 +86,11 @@ def measure(case: Case, group: Group, rounds: int | None, device: torch.device, 
         for name, (own, base) in beside(tasks, subjects[FULL].evaluate, evaluations, device).items():
             rows[name] |= {"evaluation": own, "base": base}
     return {
-        "group": group.name if steps else f"{group.name}, evaluation",
+        "group": timed.of(group),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "source": source(),
         "rounds": (rounds or case.rounds) if steps else 0,
-        "evaluations": evaluations if group.evaluated else 0,
+        "evaluations": evaluations if evaluated else 0,
         "references": [variant.name for variant in group.references],
         "variants": rows,
     }
@@ -165,9 +178,7 @@ def main(
     threads: Annotated[int, typer.Option(min=1)] = min(4, torch.get_num_threads()),
     device: Annotated[Device | None, typer.Option(help="By default a GPU where there is one.")] = None,
     out: Annotated[Path | None, typer.Option(help="By default benchmarks/out/performance-DEVICE.json.")] = None,
-    evaluation_only: Annotated[  # noqa: FBT002  a flag
-        bool, typer.Option("--evaluation-only", help="No steps but those that memory is measured by.")
-    ] = False,
+    timed: Annotated[Timed, typer.Option(help="Both, or one alone; memory always.")] = Timed.ALL,
     malloc: Annotated[Malloc, typer.Option(help="Whether freed memory goes back to the kernel.")] = Malloc.KEPT,
     only_missing: Annotated[  # noqa: FBT002  a flag
         bool, typer.Option("--only-missing", help="Skip groups that the file has.")
@@ -198,12 +209,11 @@ def main(
             for whole in groups(case, _numbers(ranks)):
                 group = whole.matching(variants)
                 names = [variant.name for variant in (*group.references, *group.others)]
-                as_run = f"{group.name}, evaluation" if evaluation_only else group.name
-                done = only_missing and store.has(results, case.name, as_run, names)
-                told = group.others and (group.evaluated or not evaluation_only)
+                done = only_missing and store.has(results, case.name, timed.of(group), names)
+                told = group.others and (group.evaluated or timed != Timed.EVALUATION)
                 if done or not told or not re.search(groups_, group.name):
                     continue
-                _add(results, case, group, rounds, where, steps=not evaluation_only)
+                _add(results, case, group, rounds, where, timed)
                 store.save(out, results)
             if case.name in results["networks"]:
                 console.print(*tables(Network(results["networks"][case.name])), sep="\n")
@@ -214,10 +224,10 @@ def main(
 
 
 def _add(
-    results: dict[str, Any], case: Case, group: Group, rounds: int | None, device: torch.device, *, steps: bool
+    results: dict[str, Any], case: Case, group: Group, rounds: int | None, device: torch.device, timed: Timed
 ) -> None:
     started = time.perf_counter()
-    run = measure(case, group, rounds, device, steps=steps)
+    run = measure(case, group, rounds, device, timed)
     network = {
         "name": case.name,
         "title": case.title,

@@ -30,8 +30,9 @@ def _import(module: str):
     return importlib.import_module(f"benchmarks.{module}")
 
 
-cases, memory, overhead, ratios, report, store, subject, targets, timing, variants = map(
-    _import, ("cases", "memory", "overhead", "ratios", "report", "store", "subject", "targets", "timing", "variants")
+cases, memory, overhead, ratios, report, store, subject, targets, timing, variants, bench = map(
+    _import,
+    ("cases", "memory", "overhead", "ratios", "report", "store", "subject", "targets", "timing", "variants", "run"),
 )
 
 
@@ -205,6 +206,25 @@ def rows_of(page: str) -> list[list[str]]:
         for line in page.splitlines()
         if line.startswith("|")
     ]
+
+
+class TestRun:
+    @pytest.mark.parametrize(
+        ("timed", "name", "held"),
+        [
+            ("all", "LoRA r4", {"step", "evaluation"}),
+            ("steps", "LoRA r4, steps", {"step"}),
+            ("evaluation", "LoRA r4, evaluation", {"evaluation"}),
+        ],
+    )
+    def test_steps_or_evaluation_alone(self, timed, name, held):
+        case = cases.by_name("cpu")["tiny-2d"]
+        group = next(each for each in variants.groups(case, [4]) if each.name == "LoRA r4").matching("^lora_c r4$")
+        found = bench.measure(case, group, 2, torch.device("cpu"), bench.Timed(timed))
+        assert found["group"] == name
+        mine = found["variants"]["lora_c r4"]
+        assert {what for what in ("step", "evaluation") if mine.get(what)} == held
+        assert mine["memory"]["peak"] > 0
 
 
 class TestOverhead:
