@@ -78,7 +78,7 @@ def test_the_norm_is_that_of_the_composed_weight(seed, scale, zeros):
         if zeros:
             base[1] = 0  # a channel of which W0 has nothing
         update = edit.matrices()
-        found, *_ = norm_of_sum(base, channel_norm(base, edit.slot, None), update)
+        found, _ = norm_of_sum(base, channel_norm(base, edit.slot, None), update)
         _, expected = compose(base, update, edit.m, edit.slot, None)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0 if scale > 1e-20 else 1e-300)
 

@@ -147,6 +147,17 @@ def test_training_filters_and_evaluation_does_not(name, way, monkeypatch):
     assert error(y.detach(), evaluated.double()) < 2e-6
 
 
+@pytest.mark.parametrize("shape", [(1, 16, 12, 12, 12), (1, 32, 1024, 2, 1)], ids=["channels", "too-small"])
+def test_what_does_not_fit_is_refused_in_torchs_words(shape):
+    net, x = nn.Sequential(nn.Conv3d(32, 64, 3, padding=(1, 0, 1))), torch.zeros(shape)
+    with pytest.raises(RuntimeError) as expected:
+        net(x)
+    graft(net, AdapterSpec("lora_c", rank=2))
+    with pytest.raises(RuntimeError) as found:
+        net(x)
+    assert str(found.value) == str(expected.value)
+
+
 @pytest.mark.skipif(not HAS_ONEDNN, reason="filtering pays where oneDNN computes the convolutions")
 def test_operators_filter_and_stay_exact(monkeypatch):
     """In float32: next to float64's result as the sums of any fast convolution are."""

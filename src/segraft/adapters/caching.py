@@ -158,11 +158,6 @@ class Derived:
 _STEPS = [0]
 
 
-def optimiser_steps() -> int:
-    """How many steps optimisers took until now, of whatever: fused ones write without counting a version."""
-    return _STEPS[0]
-
-
 def _count_step(*_: Any) -> None:
     _STEPS[0] += 1
 

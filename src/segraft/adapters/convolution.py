@@ -82,7 +82,9 @@ class Convolution:
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output in training, up to rounding."""
         filtering = self._filtering(x, weight, ENOUGH_FORWARD)
-        return self.forward(x, weight, bias) if filtering is None else filtering.convolution(x, weight, bias)
+        if filtering is None or not self._fits(x, weight):
+            return self.forward(x, weight, bias)
+        return filtering.convolution(x, weight, bias)
 
     def through(self, x: Tensor, weight: Tensor) -> Tensor:
         """X ∗ w."""
@@ -257,6 +259,10 @@ class Convolution:
         alike = self.transposed and self.groups == 1 and self.stride == tuple(weight.shape[2:])
         plain = not any(self.padding) and not any(self.output_padding) and max(self.dilation) == 1
         return alike and plain and g.is_contiguous() and is_fast(g)
+
+    def _fits(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether torch would not refuse them, in words that speak of what the caller knows."""
+        return x.shape[1] == weight.shape[1] and min(self._window(weight).outputs(x.shape[2:])) > 0
 
     def _window(self, weight: Tensor) -> Window:
         return Window(tuple(weight.shape[2:]), self.padding, self.dilation, self.stride)

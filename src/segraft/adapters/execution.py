@@ -22,7 +22,6 @@ where t = Σ g·(y − b) takes no more than the output, which is there for the 
 """
 
 import math
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -33,16 +32,18 @@ from torch import Tensor, is_grad_enabled, nn
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable it imports no compiler
 from torch.compiler import is_compiling
 
+from segraft.adapters.caching import Derived, Source
 from segraft.adapters.choosing import Way, cheapest
+from segraft.adapters.composing import compose
 from segraft.adapters.edits import Edit, LowRank
-from segraft.adapters.functions import NEXT_TO_ZERO, FrozenLayer
+from segraft.adapters.functions import NEXT_TO_ZERO, AdaptedLayer, FrozenLayer, Plan
 from segraft.adapters.grafted import adapted_tensor, base_tensor, grafts_of
 from segraft.adapters.kept import Kept, settle_last
-from segraft.adapters.layers import composing_dtype
+from segraft.adapters.layers import channel_norm, composing_dtype
 from segraft.adapters.operators import Operator
+from segraft.adapters.parallel import ParallelLayer
 from segraft.adapters.per_channel import run_by_channel
-from segraft.adapters.preparing import Call, Prepared, prepare
-from segraft.adapters.stages import chain
+from segraft.adapters.stages import SPREAD, SPREAD_BESIDE, chain, matrices
 from segraft.adapters.stock import operator_of
 from segraft.errors import SegraftError
 
@@ -185,25 +186,37 @@ def _run_frozen(layer: nn.Module, x: Tensor) -> Tensor:
 
 def _run_adapted(layer: nn.Module, x: Tensor, before: Sequence[Edit], edit: LowRank, copied: Kept | None) -> Tensor:
     operator, x = operator_of(layer, x)
-    keeps_as_usual, grafts = not _saving_is_somebody_elses(), grafts_of(layer)
-    if copied is not None and keeps_as_usual:
+    if copied is not None and not _saving_is_somebody_elses():
         copied.take_from(x)
     base = own = base_tensor(layer, "weight")
-    grafts.composed.pop("weight", None)  # of an evaluation before
+    grafts_of(layer).composed.pop("weight", None)  # of an evaluation before
     with torch.no_grad():
         for each in before:
             base = each(base)
-    wanted, is_own = _WAY.get(), base is own
-    ways = cheapest(operator, chain(edit.contraction), edit.rank, x, tuple(base.shape), magnitude=edit.m is not None)
+    links, wanted = chain(edit.contraction), _WAY.get()
+    ways = cheapest(operator, links, edit.rank, x, tuple(base.shape), magnitude=edit.m is not None)
     if wanted is not None and wanted != "composed":
         ways = (wanted, *ways)
-    way = next(way for way in ways if _is_possible(way, operator, edit, x, base, is_own=is_own))
-    if is_own and keeps_as_usual:
-        prepared: Prepared = grafts.course.take(Call(weakref.ref(layer), weakref.ref(edit), operator, way, x.dtype))
+    way = next(way for way in ways if _is_possible(way, operator, edit, x, base, is_own=base is own))
+    in_graph = way == "weight" or edit.m is not None
+    factors, beside, update = edit.scaled_factors(), way == "parallel", None
+    if in_graph or not beside:
+        # The matrices need no graph where only the chain takes gradients to the factors.
+        with torch.set_grad_enabled(in_graph):
+            update = matrices(edit.contraction, factors, SPREAD_BESIDE if beside else SPREAD)
+    pair = (update.left, update.right) if update is not None and in_graph else (None, None)
+    stages = links.stages if way != "weight" else ()
+    kernels = links.kernels(factors) if stages else []
+    plan = Plan(operator, stages, edit.slot, edit.magnitude_dim, () if update is None else update.held)
+    y: Tensor
+    if update is None or beside:
+        norm = None if edit.m is None else _norm_of(layer, base.detach(), edit)
+        y = ParallelLayer.apply(plan, x, _bias(layer, x), base.detach(), norm, edit.m, *pair, *kernels)  # type: ignore[no-untyped-call]
     else:
-        # What is recomputed is made where it is recomputed.
-        prepared = prepare(layer, operator, way, base, edit, x.dtype)
-    y = prepared.run(x, _bias(layer, x))
+        with torch.no_grad():
+            weight, norm = compose(base, update, edit.m, edit.slot, edit.magnitude_dim)
+            weight = weight.to(x.dtype)
+        y = AdaptedLayer.apply(plan, x, _bias(layer, x), weight, norm, edit.m, *pair, *kernels)  # type: ignore[no-untyped-call]
     kept = getattr(y.grad_fn, "kept", None)
     if kept is not None:
         kept.watch(y)
@@ -220,3 +233,13 @@ def _is_possible(way: Way, operator: Operator, edit: LowRank, x: Tensor, base: T
         return way == "chain" and of_outputs and operator.has_adjoint()
     # In bf16 another sum would be rounded than in the merged weight.
     return way == "chain" or (is_own and x.dtype == base.dtype == composing_dtype(base.dtype))
+
+
+def _norm_of(layer: nn.Module, base: Tensor, edit: LowRank) -> Tensor:
+    """‖W0‖ [o], looked at once."""
+    kept = grafts_of(layer).derived.get("weight")
+    if kept is None or not kept.source.is_still(base):
+        with torch.inference_mode(mode=False), torch.no_grad():
+            kept = Derived(Source.of(base), channel_norm(base, edit.slot, edit.magnitude_dim))
+        grafts_of(layer).derived["weight"] = kept
+    return kept.value

@@ -4,12 +4,11 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from segraft.adapters.ahead import Course
 from segraft.adapters.edits import BiasFactor, Edit, LowRank, Replacement
 from segraft.adapters.grafted import LayerGrafts, base_tensor, grafts_of, is_grafted
 from segraft.adapters.layers import why_not
@@ -105,9 +104,6 @@ def graft(net: Net, spec: AdapterSpec, name: str = "default", *, seed: int = 0) 
         value.requires_grad_(False)  # noqa: FBT003
     for layer, edits in additions.items():
         attach(layer, name, edits)
-    course: Course[Any] = Course()
-    for _, layer in grafted_layers(net):
-        grafts_of(layer).course = course
     record.specs[name] = spec
     net.__dict__[RECORD] = record
     activate(net, name)

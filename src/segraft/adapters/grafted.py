@@ -7,7 +7,6 @@ from torch import Tensor, is_grad_enabled, nn
 from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
 from torch.compiler import is_compiling
 
-from segraft.adapters.ahead import Course
 from segraft.adapters.caching import Composed, Derived, Found
 from segraft.adapters.edits import Edit, LowRank, Replacement
 from segraft.adapters.routing import Passes
@@ -34,7 +33,6 @@ class LayerGrafts(nn.ModuleDict):
         composed: by tensor, the value last composed.
         derived: by tensor, what the frozen one gives.
         passes: of `routing`.
-        course: of the network, in training.
     """
 
     def __init__(self) -> None:
@@ -44,7 +42,6 @@ class LayerGrafts(nn.ModuleDict):
         self.composed: dict[str, Composed] = {}
         self.derived: dict[str, Derived] = {}
         self.passes = Passes()
-        self.course: Course[Any] = Course()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what can be computed again."""

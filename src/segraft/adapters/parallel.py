@@ -31,36 +31,30 @@ from segraft.adapters.passing import Pass
 from segraft.adapters.stages import Matrices
 
 
-def norm_of_sum(base: Tensor, base_norm: Tensor, update: Matrices) -> tuple[Tensor, Tensor, Tensor | None]:
+def norm_of_sum(base: Tensor, base_norm: Tensor, update: Matrices) -> tuple[Tensor, Tensor]:
     """The norm n = ‖W0 + ΔW‖ [o] and E [o·F, ρ]; n is ‖W0‖ bit for bit where ΔW is zero.
 
     Args:
         base: W0 [o, i, *kernel].
         base_norm: ‖W0‖ [o].
         update: ΔW, scaled.
-
-    Returns:
-        n, E, and W0 as a matrix if that had to be copied, for the norm's gradient.
     """
     layout = Layout.of(base, update.held)
-    right, matrix = layout.matrix(update.right).unsqueeze(0), layout.matrix(base)
-    h = correlation(matrix.unsqueeze(0), right)
+    right = layout.matrix(update.right).unsqueeze(0)
+    h = correlation(layout.matrix(base).unsqueeze(0), right)
     e = torch.addmm(h, update.left, correlation(right, right))
     more = (update.left * (h + e)).view(len(base_norm), -1).sum(1)
     tiny = torch.finfo(base_norm.dtype).tiny
     new = torch.addcmul(more, base_norm, base_norm).clamp_min(0).sqrt()
     # √(n0² + q) as n0 + q / (n0 + n): exact at q = 0.
-    norm = (base_norm + more / (base_norm + new).clamp_min(tiny)).clamp_min(tiny)
-    return norm, e, None if matrix.data_ptr() == base.data_ptr() else matrix
+    return (base_norm + more / (base_norm + new).clamp_min(tiny)).clamp_min(tiny), e
 
 
-def norm_gradients(
-    base: Tensor, update: Matrices, e: Tensor, copy: Tensor | None, of_norm: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Of left and right, from that of n [o], divided by n; E [o·F, ρ] and the copy as `norm_of_sum` gave them."""
+def norm_gradients(base: Tensor, update: Matrices, e: Tensor, of_norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Of left and right, from that of n [o], divided by n; E [o·F, ρ] as `norm_of_sum` gave it."""
     layout = Layout.of(base, update.held)
-    left, matrix = by_row(update.left, of_norm).t(), layout.matrix(base) if copy is None else copy
-    of_right = torch.addmm(wide_product(left, matrix), left @ update.left, layout.matrix(update.right))
+    left = by_row(update.left, of_norm).t()
+    of_right = torch.addmm(wide_product(left, layout.matrix(base)), left @ update.left, layout.matrix(update.right))
     return by_row(e, of_norm), layout.tensor(of_right, update.right.shape)
 
 
@@ -98,15 +92,15 @@ class ParallelLayer(torch.autograd.Function):
         run = Pass.of(plan.operator, plan.stages, kernels, x)
         inputs = run.inputs(x)
         y.add_(run.output(inputs))
-        norm = e = copy = None
+        norm = e = None
         if m is not None and base_norm is not None and left is not None and right is not None:
-            norm, e, copy = norm_of_sum(base, base_norm, Matrices(left, right, plan.held))
+            norm, e = norm_of_sum(base, base_norm, Matrices(left, right, plan.held))
             gain = m / norm
             y.mul_(plan.operator.over_channels(gain))
             if bias is not None:
                 y.add_(plan.operator.over_channels(bias - gain * bias))  # nothing where γ is 1
         ctx.plan, ctx.kept = plan, None if m is None else Kept(y)
-        ctx.save_for_backward(bias, base, norm, e, copy, m, left, right, *inputs, *kernels)
+        ctx.save_for_backward(bias, base, norm, e, m, left, right, *inputs, *kernels)
         return y
 
     @staticmethod
@@ -114,7 +108,7 @@ class ParallelLayer(torch.autograd.Function):
     @outside_autocast
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of all inputs."""
-        bias, base, norm, e, copy, m, left, right, *rest = ctx.saved_tensors
+        bias, base, norm, e, m, left, right, *rest = ctx.saved_tensors
         plan: Plan = ctx.plan
         operator, depth = plan.operator, len(plan.stages)
         inputs, kernels = rest[:depth], rest[depth:]
@@ -131,8 +125,7 @@ class ParallelLayer(torch.autograd.Function):
         if m is not None and t is not None:
             of_m = t.to(m.dtype) / divisor(m)
             # dL/dn = −t / n, and dn = ⟨V, dΔW⟩ / n.
-            update = Matrices(left, right, plan.held)
-            of_left, of_right = norm_gradients(base, update, e, copy, -t.to(m.dtype) / norm**2)
+            of_left, of_right = norm_gradients(base, Matrices(left, right, plan.held), e, -t.to(m.dtype) / norm**2)
         elif m is not None:
             # The output was overwritten.
             update = Matrices(left, right, plan.held)

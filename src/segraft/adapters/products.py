@@ -47,7 +47,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """X [m, k], w [n, k], b [n] or None -> x wᵀ + b [m, n]."""
     if not serves(x, weight.t()):
         return nn.functional.linear(x, weight, bias)
-    return _rows_by_columns(x.contiguous(), weight, bias)
+    return _rows_by_columns(x.contiguous(), weight, None if bias is None else bias.contiguous())
 
 
 def is_fast(x: Tensor) -> bool:
@@ -92,7 +92,7 @@ def is_traced(*tensors: Tensor) -> bool:
 def _rows_by_columns(rows: Tensor, columns: Tensor, more: Tensor | None = None) -> Tensor:
     """[m, k], [n, k] -> [m, n], `more` [n] added to each row.
 
-    The second in any order, but dense: else oneDNN takes a thousand times as long.
+    The second in any order, but dense: else oneDNN takes a thousand times as long. The steps of the others it ignores.
     """
     found: Tensor = torch.ops.mkldnn._linear_pointwise(rows, _dense(columns), more, "none", [], "")
     return found
