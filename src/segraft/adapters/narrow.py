@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -113,17 +114,47 @@ def folded_convolution(x: Tensor, weight: Tensor, window: Window, space: Sequenc
 
     One product gives what each position of the kernel contributes; these are added up, each where it belongs.
     """
-    o, i, *kernel = weight.shape
+    o, i, *_ = weight.shape
     matrix = weight.movedim((0, 1), (-2, -1)).reshape(-1, i)
     y = x.new_zeros(len(x), o, *space)
+    here = steps(space)
     for each_y, each_x in zip(y, x, strict=True):
         for slab in slabs(x.shape[2:], len(matrix), PARTS):
-            there = (slab.stop - slab.start, *x.shape[3:])
-            parts = wide_product(matrix, each_x[:, slab].reshape(i, -1)).view(*kernel, 1, o, *there)
-            for position, (first, *others) in window.offsets():
-                source, target = overlap((first - slab.start, *others), there, space)
-                each_y[target[1:]].add_(parts[position][source][0])
+            thick = (slab.stop - slab.start, *x.shape[3:])
+            parts, there = wide_product(matrix, each_x[:, slab].reshape(i, -1)).contiguous(), steps(thick)
+            first_part, first = parts.storage_offset(), each_y.storage_offset()
+            for n, (sizes, begin, target) in enumerate(_folds(window, slab.start, thick, tuple(space))):
+                part = parts.as_strided((o, *sizes), there, first_part + n * o * there[0] + begin)
+                each_y.as_strided((o, *sizes), here, first + target).add_(part)
     return y
+
+
+def steps(space: Sequence[int]) -> tuple[int, ...]:
+    """Of a channel and of each dimension of an image of this size, in memory."""
+    return tuple(math.prod(space[d:]) for d in range(len(space) + 1))
+
+
+@lru_cache(maxsize=4096)
+def _folds(
+    window: Window, start: int, there: tuple[int, ...], here: tuple[int, ...]
+) -> Sequence[tuple[tuple[int, ...], int, int]]:
+    """For each position of the kernel the sizes of what it contributes, and where that begins in its part and in y.
+
+    Args:
+        window: of the convolution.
+        start: of the slab.
+        there: sizes of the slab.
+        here: sizes of y.
+    """
+    found = []
+    for _, (first, *others) in window.offsets():
+        overlapping = [each[2:] for each in overlap((first - start, *others), there, here)]
+        begins = (
+            sum(each.start * step for each, step in zip(slices, steps(sizes)[1:], strict=True))
+            for slices, sizes in zip(overlapping, (there, here), strict=True)
+        )
+        found.append((tuple(each.stop - each.start for each in overlapping[1]), *begins))
+    return found
 
 
 def scattered_product(g: Tensor, weight: Tensor, window: Window, shape: torch.Size) -> Tensor:
