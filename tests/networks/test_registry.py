@@ -97,8 +97,10 @@ def test_foreign_networks_adapt_from_where_they_are(path):
     image = torch.rand(1, 1, 64, 32, 32, generator=torch.Generator().manual_seed(0))
     before = net(image)
     graft(net, AdapterSpec("dora_c", rank=2))
-    after = net(image)
-    torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(net(image), before, rtol=0, atol=1e-6)
+    after = net(image)  # as in training, where sums are rounded otherwise
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
     after.square().mean().backward()
     require_gradients(net)
 
