@@ -10,18 +10,18 @@ import torch
 
 import segraft
 from segraft._version import __version__
-from segraft.allocation import arranged_by_user, keep_freed_memory
+from segraft.allocation import arranged_by_user, gives_huge_pages, keep_freed_memory
 
 
-def allocation(*, keep: bool) -> str:
-    """How this process takes memory, in words; with `keep`, as Segraft's own commands do.
+def allocation(*, keep: bool, huge_pages: bool = True) -> str:
+    """How this process takes memory, in words; with `keep`, and `huge_pages` where there are, as Segraft's commands do.
 
     By default glibc maps each large block when it is asked for and unmaps it when it is freed, and the kernel clears
     every page again at each step. How often that happens depends on sizes more than on methods, and can be half of a
     step.
     """
-    if keep and keep_freed_memory():
-        return "freed memory is kept"
+    if keep and keep_freed_memory(huge_pages=huge_pages):
+        return "freed memory is kept" + (", in huge pages" if huge_pages and gives_huge_pages() else "")
     return "as the environment says" if arranged_by_user(os.environ) else "default"
 
 

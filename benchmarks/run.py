@@ -37,9 +37,12 @@ class Device(StrEnum):
 
 
 class Malloc(StrEnum):
-    """What becomes of freed memory: kept by the process, as in Segraft's commands, or as the system does it."""
+    """What becomes of freed memory: kept by the process, as in Segraft's commands, in huge pages where the kernel gives
+    them or in small ones; or as the system does it.
+    """
 
     KEPT = "kept"
+    SMALL = "kept-small"
     DEFAULT = "default"
 
 
@@ -155,7 +158,7 @@ def _numbers(ranks: str) -> list[int]:
 def _settings(threads: int, malloc: Malloc, device: torch.device) -> dict[str, object]:
     settings: dict[str, object] = {
         "threads": threads,
-        "malloc": allocation(keep=malloc is Malloc.KEPT),
+        "malloc": allocation(keep=malloc != Malloc.DEFAULT, huge_pages=malloc != Malloc.SMALL),
         "optimiser": "AdamW",
     }
     if device.type == "cuda":
