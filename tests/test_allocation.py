@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from segraft import cli
-from segraft.allocation import arranged_by_user, keep_freed_memory
+from segraft import allocation, cli
+from segraft.allocation import arranged_by_user, gives_huge_pages, keep_freed_memory
 from segraft.cli import train, use
 
 GLIBC = sys.platform == "linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names
@@ -71,6 +71,72 @@ def test_what_the_user_arranged_stays(without):
     took_effect, churned, _ = churn(keep=True, MALLOC_MMAP_MAX_="65536")  # as many as by default
     assert took_effect is False
     assert churned > without[0] / 2
+
+
+ADVISED = """
+import json, re, resource
+from pathlib import Path
+import torch
+from segraft.allocation import gives_huge_pages, keep_freed_memory
+
+{before}
+kept = keep_freed_memory(huge_pages={huge_pages})
+resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+at_first = resident()
+large = torch.ones(16 * 2**20)
+grown = resident() - at_first
+flags, inside = {{}}, None
+for line in Path("/proc/self/smaps").read_text().splitlines():
+    region = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+    if region:
+        inside = int(region[1], 16) <= large.data_ptr() + 2**25 < int(region[2], 16)
+    elif inside and line.startswith("VmFlags:"):
+        flags = line.split()[1:]
+print(json.dumps([kept, gives_huge_pages(), "hg" in flags, grown]))
+"""
+
+
+@pytest.mark.skipif(not GLIBC, reason="for the GNU C library")
+@pytest.mark.parametrize(
+    ("huge_pages", "before"),
+    [
+        (True, ""),
+        (False, ""),
+        (True, "resource.setrlimit(resource.RLIMIT_AS, (2**44, resource.RLIM_INFINITY))"),
+    ],
+    ids=["asked", "not asked", "addresses limited"],
+)
+def test_tensors_lie_where_huge_pages_were_asked_for(huge_pages, before):
+    plain = {name: value for name, value in os.environ.items() if not arranged_by_user({name: value})}
+    command = [sys.executable, "-c", ADVISED.format(huge_pages=huge_pages, before=before)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=plain | {"OMP_NUM_THREADS": "1"})
+    kept, given, advised, grown = json.loads(done.stdout)
+    assert kept is True
+    assert given is (gives_huge_pages() and not before)
+    assert advised is (given and huge_pages)
+    assert grown < 2 * 16 * 2**22  # what was set aside takes no memory
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="for Linux")
+@pytest.mark.parametrize(
+    ("pages", "overcommit", "given"),
+    [
+        ("always [madvise] never\n", "0\n", True),
+        ("always [madvise] never\n", "1\n", True),
+        ("always [madvise] never\n", "2\n", False),
+        ("[always] madvise never\n", "0\n", False),
+        ("always madvise [never]\n", "0\n", False),
+        (None, "0\n", False),
+    ],
+)
+def test_where_huge_pages_are_asked_for(monkeypatch, tmp_path, pages, overcommit, given):
+    monkeypatch.setattr("resource.getrlimit", lambda _limit: (-1, -1))
+    monkeypatch.setattr(allocation, "HUGE_PAGES", tmp_path / "enabled")
+    monkeypatch.setattr(allocation, "OVERCOMMIT", tmp_path / "overcommit")
+    if pages is not None:
+        (tmp_path / "enabled").write_text(pages)
+    (tmp_path / "overcommit").write_text(overcommit)
+    assert gives_huge_pages() is given
 
 
 @pytest.mark.parametrize(

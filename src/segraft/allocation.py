@@ -23,6 +23,9 @@ MADV_HUGEPAGE = 14  # madvise(2) of Linux, on every architecture
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 """Whether the kernel hands out huge pages: always, where a process asks for them by madvise, or never."""
 
+OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
+"""Whether the kernel promises more memory than there is: 2 for never."""
+
 
 def keep_freed_memory(*, huge_pages: bool = True) -> bool:
     """Let this process, which must be one's own, reuse the memory it frees instead of returning it to the system.
@@ -65,7 +68,7 @@ def gives_huge_pages() -> bool:
     """
     try:
         on_demand = "[madvise]" in HUGE_PAGES.read_text(encoding="ascii")
-        strict = Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip() == "2"
+        strict = OVERCOMMIT.read_text(encoding="ascii").strip() == "2"
     except OSError:
         return False
     import resource  # not on Windows
