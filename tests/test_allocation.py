@@ -178,20 +178,20 @@ def test_another_c_library_is_left_alone(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("command", "trains"),
+    ("command", "runs"),
     [
         (("pretrain", "--data", "no/where", "--out", "no/where"), True),
         (("adapt", "--base", "no/where", "--data", "no/where", "--out", "no/where"), True),
         (("demo", "--out", "{file}"), True),
         (("pretrain", "--data", "no/where", "--out", "no/where", "--recompute", "decoder"), False),
         (("adapt", "--base", "x", "--data", "no/where", "--out", "no/where", "--recompute", "decoder"), False),
-        (("predict", "no/where", "no/where", "-o", "no/where"), False),
-        (("evaluate", "no/where", "--data", "no/where"), False),
+        (("predict", "no/where", "no/where", "-o", "no/where"), True),
+        (("evaluate", "no/where", "--data", "no/where"), True),
         (("inspect", "no/where"), False),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_the_commands_that_train_ask_for_it_unless_memory_is_short(monkeypatch, tmp_path, command, trains):
+def test_the_commands_that_run_networks_ask_for_it_unless_memory_is_short(monkeypatch, tmp_path, command, runs):
     asked: list[bool] = []
     for module in (train, use):
         monkeypatch.setattr(module, "keep_freed_memory", lambda: asked.append(True))
@@ -202,7 +202,7 @@ def test_the_commands_that_train_ask_for_it_unless_memory_is_short(monkeypatch, 
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2
-    assert bool(asked) is trains
+    assert bool(asked) is runs
 
 
 def test_importing_asks_for_nothing():

@@ -1,4 +1,4 @@
-"""How the C library hands out memory: freed blocks can be kept for the next training step, and lie in huge pages."""
+"""How the C library hands out memory: freed blocks can be kept for the next step, and lie in huge pages."""
 
 import os
 import sys
@@ -31,7 +31,8 @@ def keep_freed_memory(*, huge_pages: bool = True) -> bool:
     """Let this process, which must be one's own, reuse the memory it frees instead of returning it to the system.
 
     The GNU C library maps every block above 32 MiB by itself and unmaps it when it is freed, so that each activation of
-    each training step on a CPU is made of new pages, which the kernel has to clear one by one. Kept, they are there.
+    each training step or prediction on a CPU is made of new pages, which the kernel has to clear one by one. Kept,
+    they are there.
     In return the process holds on to the most memory it has ever used, until it ends, and that is more than it would
     have been, since small blocks come to lie between large ones. Parameters and values: manual page mallopt(3).
 

@@ -66,6 +66,7 @@ def predict(
     from segraft.jobs import load_model
     from segraft.jobs import predict as job
 
+    keep_freed_memory()
     opened = load_model(str(model), fold=fold) if scheme_of(model) else None
     show_notes(opened.notes if opened else ())
     console = progress_console(as_json=common.as_json)
@@ -126,6 +127,7 @@ def evaluate(
     from segraft.evaluation.results import readable, summary, table
     from segraft.jobs import evaluate as job
 
+    keep_freed_memory()
     result = job(
         model,
         data,
