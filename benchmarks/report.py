@@ -4,6 +4,7 @@ It reads `docs/results/performance-*.json`, and at the end puts `benchmarks/note
 """
 
 import json
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ Generated from {sources} by `python -m benchmarks.report`; `make bench` measures
   On a CPU it is summed from PyTorch's own allocations, as its profiler records them in a step outside the timing;
   scratch space that oneDNN takes by itself is not in it. On a GPU it is the allocator's peak.
 - Peers adapt every layer that they support; what they leave out is said in the row. α = 2·R everywhere.
+- Sections on one processor differ in how memory is taken: Segraft's commands keep it and ask for huge pages, as in the
+  first; "How memory is taken", at the end, tells what that brings.
 """
 
 
@@ -165,7 +168,11 @@ def _seconds(seconds: float) -> str:
 def _machine(results: Mapping[str, Any]) -> str:
     machine, threads = results["machine"], results["settings"]["threads"]
     cpu = f"{machine['cpu']}, {machine['cores']} cores, {threads} thread{'s' if threads > 1 else ''}"
-    return f"CPU: {cpu}" if results["device"] == "cpu" else f"GPU: {machine['device']} ({cpu})"
+    return (
+        f"CPU: {cpu}; {results['settings']['malloc']}"
+        if results["device"] == "cpu"
+        else f"GPU: {machine['device']} ({cpu})"
+    )
 
 
 def _circumstances(results: Mapping[str, Any], networks: Iterable[Network]) -> str:
@@ -203,7 +210,9 @@ def page() -> str:
     if not results:
         raise SegraftError(f"no {RESULTS}/performance-*.json: make one with `make bench` and put it there.")
     notes = NOTES.read_text(encoding="utf-8") if NOTES.is_file() else ""
-    return markdown(results, notes.replace("{PROFILE}", profile_table()).replace("{OVERHEAD}", overhead_table()))
+    for name, made in (("PROFILE", profile_table), ("OVERHEAD", overhead_table), ("ALLOCATION", allocation_table)):
+        notes = notes.replace(f"{{{name}}}", made())
+    return markdown(results, notes)
 
 
 def profile_table() -> str:
@@ -233,6 +242,22 @@ def overhead_table() -> str:
             more = f"{1 + (row['beside'] - base['beside']) / base['whole']:.3f}" if name != "full" else ""
             rows.append((network, name, f"{row['whole']:.0f}", f"{row['beside']:.1f}", more))
     return table(("network", "variant", "evaluation", "of it in layers beside their arithmetic", "makes × base"), rows)
+
+
+def allocation_table() -> str:
+    """What `benchmarks.allocating` measured."""
+    path = ROOT / RESULTS / "allocation-cpu.json"
+    if not path.is_file():
+        return ""
+    rows = []
+    for network, tasks in json.loads(path.read_text(encoding="utf-8"))["networks"].items():
+        for task, settings in tasks.items():
+            for row in settings.values():
+                seconds = ", ".join(f"{value:.2f}" for value in sorted(row["seconds"]))
+                held, huge = (statistics.median(row[key]) for key in ("GiB", "in huge pages"))
+                rows.append((network, task, row["allocation"], seconds, f"{held:.2f}", f"{huge:.0%}"))
+    columns = ("network", "task", "memory", "seconds, of each process", "most memory held, GiB", "in huge pages")
+    return table(columns, rows)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from segraft import allocation, cli
 from segraft.allocation import arranged_by_user, gives_huge_pages, keep_freed_memory
 from segraft.cli import train, use
 
+SMAPS = Path("/proc/self/smaps")
+FLAGS = SMAPS.is_file() and "VmFlags:" in SMAPS.read_text(encoding="utf-8")
 GLIBC = sys.platform == "linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names
 
 CHURN = """
@@ -80,9 +83,9 @@ import torch
 from segraft.allocation import gives_huge_pages, keep_freed_memory
 
 {before}
-kept = keep_freed_memory(huge_pages={huge_pages})
 resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 at_first = resident()
+kept = keep_freed_memory(huge_pages={huge_pages})
 large = torch.ones(16 * 2**20)
 grown = resident() - at_first
 flags, inside = {{}}, None
@@ -96,18 +99,19 @@ print(json.dumps([kept, gives_huge_pages(), "hg" in flags, grown]))
 """
 
 
-@pytest.mark.skipif(not GLIBC, reason="for the GNU C library")
+@pytest.mark.skipif(not (GLIBC and FLAGS), reason="for the GNU C library, where the kernel shows a mapping's flags")
 @pytest.mark.parametrize(
     ("huge_pages", "before"),
     [
         (True, ""),
         (False, ""),
-        (True, "resource.setrlimit(resource.RLIMIT_AS, (2**44, resource.RLIM_INFINITY))"),
+        (True, "resource.setrlimit(resource.RLIMIT_AS, (2**44, resource.getrlimit(resource.RLIMIT_AS)[1]))"),
     ],
     ids=["asked", "not asked", "addresses limited"],
 )
 def test_tensors_lie_where_huge_pages_were_asked_for(huge_pages, before):
     plain = {name: value for name, value in os.environ.items() if not arranged_by_user({name: value})}
+    plain.pop("THP_MEM_ALLOC_ENABLE", None)  # torch's own
     command = [sys.executable, "-c", ADVISED.format(huge_pages=huge_pages, before=before)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=plain | {"OMP_NUM_THREADS": "1"})
     kept, given, advised, grown = json.loads(done.stdout)
@@ -117,25 +121,46 @@ def test_tensors_lie_where_huge_pages_were_asked_for(huge_pages, before):
     assert grown < 2 * 16 * 2**22  # what was set aside takes no memory
 
 
+@pytest.mark.skipif(not GLIBC, reason="for the GNU C library")
+def test_addresses_that_are_refused_leave_the_heap_as_it_is():
+    asked = """
+import mmap, sys
+from unittest.mock import patch
+from segraft import allocation
+
+with patch.object(mmap, "mmap", side_effect=OSError), patch.object(allocation, "gives_huge_pages", lambda: True):
+    with patch("ctypes.CDLL") as library:
+        library.return_value.mallopt.return_value = 1
+        kept = allocation.keep_freed_memory()
+print(kept, library.return_value.malloc.called)
+"""
+    plain = {name: value for name, value in os.environ.items() if not arranged_by_user({name: value})}
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True, env=plain)
+    assert done.stdout.split() == ["True", "False"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="for Linux")
 @pytest.mark.parametrize(
-    ("pages", "overcommit", "given"),
+    ("pages", "size", "overcommit", "given"),
     [
-        ("always [madvise] never\n", "0\n", True),
-        ("always [madvise] never\n", "1\n", True),
-        ("always [madvise] never\n", "2\n", False),
-        ("[always] madvise never\n", "0\n", False),
-        ("always madvise [never]\n", "0\n", False),
-        (None, "0\n", False),
+        ("always [madvise] never\n", 2**21, 0, True),
+        ("always [madvise] never\n", 2**21, 1, True),
+        ("always [madvise] never\n", 2**21, 2, False),
+        ("always [madvise] never\n", 2**29, 0, False),
+        ("[always] madvise never\n", 2**21, 0, False),
+        ("always madvise [never]\n", 2**21, 0, False),
+        (None, 2**21, 0, False),
     ],
 )
-def test_where_huge_pages_are_asked_for(monkeypatch, tmp_path, pages, overcommit, given):
+def test_where_huge_pages_are_asked_for(monkeypatch, tmp_path, pages, size, overcommit, given):
     monkeypatch.setattr("resource.getrlimit", lambda _limit: (-1, -1))
     monkeypatch.setattr(allocation, "HUGE_PAGES", tmp_path / "enabled")
+    monkeypatch.setattr(allocation, "HUGE_PAGE", tmp_path / "size")
     monkeypatch.setattr(allocation, "OVERCOMMIT", tmp_path / "overcommit")
     if pages is not None:
         (tmp_path / "enabled").write_text(pages)
-    (tmp_path / "overcommit").write_text(overcommit)
+    (tmp_path / "size").write_text(f"{size}\n")
+    (tmp_path / "overcommit").write_text(f"{overcommit}\n")
     assert gives_huge_pages() is given
 
 

@@ -23,6 +23,9 @@ MADV_HUGEPAGE = 14  # madvise(2) of Linux, on every architecture
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 """Whether the kernel hands out huge pages: always, where a process asks for them by madvise, or never."""
 
+HUGE_PAGE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+"""Bytes of a huge page: 2 MiB on most machines, 512 MiB on ARM with small pages of 64 KiB."""
+
 OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 """Whether the kernel promises more memory than there is: 2 for never."""
 
@@ -37,9 +40,10 @@ def keep_freed_memory(*, huge_pages: bool = True) -> bool:
     have been, since small blocks come to lie between large ones. Parameters and values: manual page mallopt(3).
 
     Args:
-        huge_pages: also ask the kernel for pages of 2 MiB instead of 4 KiB, for up to half of the machine's memory:
-            a processor remembers where some thousand pages are, and reads ahead within one. Memory that is not used
-            is not taken. See `gives_huge_pages`.
+        huge_pages: also ask the kernel for pages of 2 MiB instead of 4 KiB, for up to half of the machine's memory
+            and 64 GiB: a processor remembers where some thousand pages are, and reads ahead within one. Addresses that
+            are not used take no memory, only that arrays of zeros (`numpy.zeros`) are cleared, and so taken, at once.
+            See `gives_huge_pages`.
 
     Returns:
         Whether freed memory is kept. Nothing is done on other systems and C libraries (musl, macOS, Windows), nor where
@@ -64,29 +68,37 @@ def keep_freed_memory(*, huge_pages: bool = True) -> bool:
 def gives_huge_pages() -> bool:
     """Whether `keep_freed_memory` asks for huge pages: they are to be had for the asking, and address space is free.
 
-    They are not asked for where they come by themselves, where memory is promised strictly (sysctl
-    `vm.overcommit_memory` 2) and where this process may not have all the addresses it likes (`ulimit -v`, `ulimit -d`).
+    They are not asked for where they come by themselves, where they are larger than 2 MiB, where memory is promised
+    strictly (sysctl `vm.overcommit_memory` 2), and where this process may not have all the addresses it likes
+    (`ulimit -v`, `ulimit -d`).
     """
     try:
         on_demand = "[madvise]" in HUGE_PAGES.read_text(encoding="ascii")
+        small = int(HUGE_PAGE.read_text(encoding="ascii")) <= 2 * 2**20
         strict = OVERCOMMIT.read_text(encoding="ascii").strip() == "2"
     except OSError:
         return False
     import resource  # not on Windows
 
     limits = [resource.getrlimit(limit)[0] for limit in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
-    return on_demand and not strict and all(limit == resource.RLIM_INFINITY for limit in limits)
+    return on_demand and small and not strict and all(limit == resource.RLIM_INFINITY for limit in limits)
 
 
 def _lay_heap_in_huge_pages(libc: "ctypes.CDLL") -> None:
     """Grow the heap at once, without touching it, and mark its addresses; they stay when the block is freed."""
     import ctypes
+    import mmap
 
+    page = mmap.PAGESIZE
+    size = min(os.sysconf("SC_PHYS_PAGES") // 2 * page, 64 * 2**30)
+    try:
+        # Were malloc refused, it would leave the heap for good, and nothing be kept.
+        mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except OSError:
+        return
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes, libc.free.restype = [ctypes.c_void_p], None
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    page = os.sysconf("SC_PAGE_SIZE")
-    size = os.sysconf("SC_PHYS_PAGES") // 2 * page
     block = libc.malloc(size)
     if block is None:
         return
