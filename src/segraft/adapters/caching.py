@@ -15,6 +15,10 @@ PLACES, IN_A_ROW = 32, 16
 the places, as each is a wait for memory that is in no cache."""
 
 
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of a number -> numbers of as many that NumPy knows."""
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """One tensor as it was when something was composed of it.
@@ -24,8 +28,9 @@ class Source:
         address: of its memory.
         shape: of it.
         version: counts what was written to it in place.
-        sample: values spread over it, on the CPU: writing through `.data` or NumPy, as moving averages of weights do,
-            counts no version. Elsewhere comparing would wait for the device.
+        sample: bytes of values spread over it, on the CPU: writing through `.data` or NumPy, as moving averages of
+            weights do, counts no version. Elsewhere comparing would wait for the device. Not as a tensor: of all that
+            `is_still` does, torch's own comparison took longest, as its code is in no cache.
         values: a copy of these.
     """
 
@@ -33,32 +38,42 @@ class Source:
     address: int
     shape: torch.Size
     version: int
-    sample: Tensor | None = None
-    values: Tensor | None = None
+    sample: memoryview | None = None
+    values: bytes = b""
 
     @classmethod
     def of(cls, tensor: Tensor) -> Self:
         """What `tensor` is now."""
         alias = tensor.detach()
         version = -1 if tensor.is_inference() else tensor._version
-        if alias.device.type != "cpu":
+        if alias.device.type != "cpu" or type(alias) is not Tensor or alias.is_neg() or alias.is_conj():
             return cls(alias, alias.data_ptr(), alias.shape, version)
-        reach = sum((size - 1) * step for size, step in zip(alias.shape, alias.stride(), strict=True))
-        dense = reach == alias.numel() - 1  # in any order, such as channels last
-        sample, spare = alias, alias.numel() - IN_A_ROW
-        if dense and spare > (PLACES - 1) * IN_A_ROW:
-            sample = alias.as_strided((PLACES, IN_A_ROW), (spare // (PLACES - 1), 1))
-        return cls(alias, alias.data_ptr(), alias.shape, version, sample, sample.clone())
+        sample = _bytes_spread_over(alias)
+        return cls(alias, alias.data_ptr(), alias.shape, version, sample, sample.tobytes())
 
     def is_still(self, tensor: Tensor) -> bool:
         """Whether `tensor` is what it was."""
+        try:
+            version = tensor._version
+        except RuntimeError:
+            return False  # made in inference mode, which counts no versions
         return (
-            not tensor.is_inference()  # which count no versions
-            and tensor._version == self.version
+            version == self.version
             and tensor.data_ptr() == self.address
             and tensor.shape == self.shape
-            and (self.sample is None or self.values is None or torch.equal(self.sample, self.values))
+            and (self.sample is None or self.sample.tobytes() == self.values)
         )
+
+
+def _bytes_spread_over(tensor: Tensor) -> memoryview:
+    """The memory of so many places of a tensor on the CPU, as it lies; of a small one or one with gaps, of all."""
+    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    dense = reach == tensor.numel() - 1  # in any order, such as channels last
+    spare = tensor.numel() - IN_A_ROW
+    if dense and spare > (PLACES - 1) * IN_A_ROW:
+        tensor = tensor.as_strided((PLACES, IN_A_ROW), (spare // (PLACES - 1), 1))
+    alike = BITS.get(tensor.itemsize)  # NumPy has no bfloat16
+    return (tensor if alike is None else tensor.view(alike)).numpy().data
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +103,7 @@ class Composed:
         version: of `value`, in case somebody writes to it.
         optimiser_steps: of any optimiser until then: fused ones write without counting a version.
         base: W0.
-        edits: in the order in which they were applied.
-        scalings: of these.
+        scalings: of the edits, each with the dictionary it is held in.
         found: how these were found.
         sources: the tensors of the edits, with where each is held and under which name.
     """
@@ -98,8 +112,7 @@ class Composed:
     version: int
     optimiser_steps: int
     base: Source
-    edits: tuple[Edit, ...]
-    scalings: tuple[float | None, ...]
+    scalings: tuple[tuple[dict[str, Any], float | None], ...]
     found: Found
     sources: tuple[tuple[dict[str, Any], str, Source], ...]
 
@@ -113,7 +126,8 @@ class Composed:
             found: how these were found, as it was before they were.
         """
         with torch.inference_mode(mode=False), torch.no_grad():
-            steps, source, scalings = _STEPS[0], Source.of(base), _scalings(edits)
+            steps, source = _STEPS[0], Source.of(base)
+            scalings = tuple((edit.__dict__, edit.__dict__.get("scaling")) for edit in edits)
             sources = tuple(
                 (held, name, Source.of(tensor))
                 for edit in edits
@@ -125,7 +139,7 @@ class Composed:
             for edit in edits:
                 value = edit(value)
             value = value.to(base.dtype)
-        return cls(value, value._version, steps, source, tuple(edits), scalings, found, sources)
+        return cls(value, value._version, steps, source, scalings, found, sources)
 
     def is_current(self, base: Tensor, active: tuple[str, ...]) -> bool:
         """Whether composing again, on this W0 under these adapters, would give `value` again."""
@@ -133,10 +147,12 @@ class Composed:
             self.value._version != self.version
             or self.found.active != active
             or self.optimiser_steps != _STEPS[0]
-            or self.scalings != _scalings(self.edits)
             or not self.base.is_still(base)
         ):
             return False
+        for holder, scaling in self.scalings:
+            if holder.get("scaling") != scaling:
+                return False
         for holder, present in self.found.held:
             if list(holder.items()) != present:
                 return False
@@ -163,7 +179,3 @@ def _count_step(*_: Any) -> None:
 
 
 register_optimizer_step_post_hook(_count_step)
-
-
-def _scalings(edits: Sequence[Edit]) -> tuple[float | None, ...]:
-    return tuple([getattr(edit, "scaling", None) for edit in edits])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from segraft.adapters.layers import WeightSlot, channel_norm, composing_dtype
 from segraft.adapters.narrow import correlation, wide_product
-from segraft.adapters.products import product, serves
+from segraft.adapters.products import product, served_product, serves
 from segraft.adapters.stages import Matrices
 
 
@@ -92,7 +92,7 @@ def compose(
 def _sum_and_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Base + left @ right; by BLAS in blocks of rows, which spread so flat a product better over the cores of a CPU."""
     if serves(left, right):
-        return product(left, right).add_(base)
+        return served_product(left, right).add_(base)
     if base.device.type != "cpu" or base.numel() < 1 << 20 or len(base) % BLOCKS:
         return torch.addmm(base, left, right)
     base, left = base.view(BLOCKS, -1, base.shape[1]), left.reshape(BLOCKS, -1, left.shape[1])

@@ -133,7 +133,9 @@ def _is_training_as_usual(layer: nn.Module, x: Tensor, dims: int) -> bool:
 
 
 def _is_trained(edit: Edit) -> bool:
-    return any(value.requires_grad for value in edit.parameters())
+    if any(value is not None and value.requires_grad for value in edit._parameters.values()):
+        return True
+    return bool(edit._modules) and any(value.requires_grad for value in edit.parameters())  # parametrised ones
 
 
 def _can_adapt(trained: Edit) -> bool:
@@ -190,9 +192,10 @@ def _run_adapted(layer: nn.Module, x: Tensor, before: Sequence[Edit], edit: LowR
         copied.take_from(x)
     base = own = base_tensor(layer, "weight")
     grafts_of(layer).composed.pop("weight", None)  # of an evaluation before
-    with torch.no_grad():
-        for each in before:
-            base = each(base)
+    if before:
+        with torch.no_grad():
+            for each in before:
+                base = each(base)
     links, wanted = chain(edit.contraction), _WAY.get()
     ways = cheapest(operator, links, edit.rank, x, tuple(base.shape), magnitude=edit.m is not None)
     if wanted is not None and wanted != "composed":

@@ -105,7 +105,10 @@ def settle_last() -> Kept | None:
     Returns:
         An output of which the next layer's input may hold the copy to be kept.
     """
-    kept = None if _LAST.kept is None else _LAST.kept()
+    last = _LAST.kept
+    if last is None:
+        return None
+    kept = last()
     _LAST.kept = None
     if kept is None:
         return None

@@ -14,14 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from segraft.adapters.layers import composing_dtype
-from segraft.adapters.products import LANES, product, serves
+from segraft.adapters.products import LANES, product, served_product, serves
 
 Offset = tuple[int, ...]
 
 
 def pointwise(matrix: Tensor, x: Tensor) -> Tensor:
     """[o, i] applied to the channels of x [B, i, *space]."""
-    return stacked([wide_product(matrix, each) for each in x.flatten(2)]).view(len(x), -1, *x.shape[2:])
+    return stacked([wide_product(matrix, each) for each in images(x.flatten(2))]).view(len(x), -1, *x.shape[2:])
+
+
+def images(x: Tensor) -> Sequence[Tensor]:
+    """Of a batch; torch's own iteration takes longer than a small product, and mostly there is one."""
+    return (x[0],) if x.shape[0] == 1 else x.unbind()
 
 
 def stacked(each: Sequence[Tensor]) -> Tensor:
@@ -35,7 +40,7 @@ def wide_product(matrix: Tensor, x: Tensor) -> Tensor:
     By BLAS in blocks of columns, which spreads it better over the cores of a CPU.
     """
     if serves(matrix, x):
-        return product(matrix, x)
+        return served_product(matrix, x)
     n = x.shape[1]
     blocks = math.gcd(n, 32)
     if x.device.type != "cpu" or n // blocks < 256:
@@ -100,7 +105,7 @@ def unfolded_correlation(narrow: Tensor, wide: Tensor, window: Window) -> Tensor
     """Σ over batch and space of narrow [B, r, …], as a window sees it, times wide [B, c, *space]: [r, *kernel, c]."""
     space, rows = wide.shape[2:], narrow.shape[1] * math.prod(window.kernel)
     total: Tensor | None = None
-    for seen, each in zip(window.view(narrow, space), wide, strict=True):
+    for seen, each in zip(images(window.view(narrow, space)), images(wide), strict=True):
         for slab in slabs(space, rows, COPIES):
             unfolded = seen.narrow(-len(space), slab.start, slab.stop - slab.start).reshape(1, rows, -1)
             found = correlation(unfolded, each[:, slab].reshape(1, len(each), -1))
@@ -118,7 +123,7 @@ def folded_convolution(x: Tensor, weight: Tensor, window: Window, space: Sequenc
     matrix = weight.movedim((0, 1), (-2, -1)).reshape(-1, i)
     y = x.new_zeros(len(x), o, *space)
     here = steps(space)
-    for each_y, each_x in zip(y, x, strict=True):
+    for each_y, each_x in zip(images(y), images(x), strict=True):
         for slab in slabs(x.shape[2:], len(matrix), PARTS):
             thick = (slab.stop - slab.start, *x.shape[3:])
             parts, there = wide_product(matrix, each_x[:, slab].reshape(i, -1)).contiguous(), steps(thick)
@@ -198,8 +203,8 @@ def _pays_to_turn(rows: int, length: int, numbers: int) -> bool:
 
 
 def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """Σ over batch of a [B, m, n] @ b [B, k, n]ᵀ."""
-    first, *others = (product(each_a, each_b.t()) for each_a, each_b in zip(a, b, strict=True))
+    """Σ over batch of a [B, m, n] @ b [B, k, n]ᵀ, which are served."""
+    first, *others = (served_product(each_a, each_b.t()) for each_a, each_b in zip(images(a), images(b), strict=True))
     return sum(others, start=first)
 
 

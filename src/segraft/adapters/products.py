@@ -10,7 +10,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 ENOUGH = 1 << 22
 """Multiply-adds from which on calling oneDNN pays: a call takes some 15 µs."""
@@ -34,8 +37,11 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     `a` is read row by row as it lies, or else `b` column by column; where neither lies like that, the smaller one is
     copied.
     """
-    if not serves(a, b):
-        return a @ b
+    return served_product(a, b) if serves(a, b) else a @ b
+
+
+def served_product(a: Tensor, b: Tensor) -> Tensor:
+    """`product` of matrices of which `serves` is known to be true."""
     if a.is_contiguous():
         return _rows_by_columns(a, b.t())
     if b.t().is_contiguous() or b.numel() < a.numel():
@@ -52,7 +58,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def is_fast(x: Tensor) -> bool:
     """Whether products of matrices as large and dense as this tensor are as fast as convolutions."""
-    return HAS_ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu"
+    return HAS_ONEDNN and x.dtype == torch.float32 and x.is_cpu
 
 
 def is_left_to_torch(x: Sequence[int], weight: Sequence[int]) -> bool:
@@ -80,13 +86,17 @@ def serves(a: Tensor, b: Tensor) -> bool:
 def is_traced(*tensors: Tensor) -> bool:
     """Whether these stand for others: compilers, exporters, counters and batched gradients know torch's own alone."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd.forward_ad._current_level >= 0
-        or any(type(tensor) not in (Tensor, nn.Parameter) or is_legacy_batchedtensor(tensor) for tensor in tensors)
+        is_compiling()
+        or _get_tracing_state() is not None
+        or _are_functorch_transforms_active()
+        or _len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+        or not all(map(_is_itself, tensors))
     )
+
+
+def _is_itself(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and not is_legacy_batchedtensor(tensor)
 
 
 def _rows_by_columns(rows: Tensor, columns: Tensor, more: Tensor | None = None) -> Tensor:
