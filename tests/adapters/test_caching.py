@@ -295,12 +295,17 @@ def test_an_adapter_taken_off_is_let_go():
     assert edit() is None
 
 
-@given(st.integers(1, 40), st.integers(1, 60), st.booleans(), st.booleans(), st.integers(0, 10_000))
-@settings(max_examples=60, deadline=None)
-def test_values_written_without_a_version_are_noticed(rows, columns, transposed, part, seed):
-    """All of them, however few, also in a view or in another order of memory; of up to 512 numbers, one is enough."""
-    values = torch.randn(rows + part, columns, generator=torch.Generator().manual_seed(seed))[part:]
-    values = values.t() if transposed else values
+@given(
+    st.integers(1, 40),
+    st.integers(1, 60),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64]),
+    st.sampled_from([lambda x: x, torch.t, lambda x: x[:, ::2], lambda x: x[1:]]),
+    st.integers(0, 10_000),
+)
+@settings(max_examples=100, deadline=None)
+def test_values_written_without_a_version_are_noticed(rows, columns, dtype, part, seed):
+    """All of them, however few, of any kind, in any order of memory, with gaps; of up to 512 numbers, one is enough."""
+    values = part(torch.randn(rows + 1, columns, generator=torch.Generator().manual_seed(seed)).to(dtype))
     source = Source.of(values)
     assert source.is_still(values)
     values.data.mul_(2)
@@ -310,6 +315,23 @@ def test_values_written_without_a_version_are_noticed(rows, columns, transposed,
     if values.numel() <= 512:
         values.data[seed % values.shape[0], seed % values.shape[1]] += 1
         assert not source.is_still(values)
+
+
+def test_what_is_not_a_number_is_still_what_it_was():
+    values = torch.full((40, 40), torch.nan)
+    source = Source.of(values)
+    assert source.is_still(values)
+    values.data[0, 0] = 1
+    assert not source.is_still(values)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (1,)])
+def test_sources_of_any_shape(shape):
+    values = torch.ones(shape)
+    source = Source.of(values)
+    assert source.is_still(values)
+    values.data.fill_(2)
+    assert source.is_still(values) is (values.numel() == 0)
 
 
 def test_what_changes_nothing_changes_nothing():
