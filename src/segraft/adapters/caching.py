@@ -165,10 +165,17 @@ class Composed:
 
 @dataclass(frozen=True, slots=True)
 class Derived:
-    """Something that one frozen tensor gives, such as its norm."""
+    """Something that one frozen tensor gives, such as its norm.
+
+    Attributes:
+        source: the tensor.
+        how: what else it depends on.
+        value: it.
+    """
 
     source: Source
-    value: Tensor
+    how: Any
+    value: Any
 
 
 _STEPS = [0]

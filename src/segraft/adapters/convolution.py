@@ -107,7 +107,7 @@ class Convolution:
             return pointwise(weight.flatten(1).t(), g)
         if self._is_disjoint(g, weight):
             return disjoint.input_gradient(disjoint.patches(g, weight.shape[2:]), weight, x.shape)
-        adjoint = self._adjoint(weight)
+        adjoint = self.adjoint(weight)
         if adjoint is not None and self._is_slow_depthwise(g, weight):
             return adjoint.through(g, weight.flip((2, 3, 4)))
         o, i, *kernel = weight.shape
@@ -142,7 +142,7 @@ class Convolution:
         p = self._phases(x, i, o, kernel[0])
         if p > 1:
             return weight_gradient_in_phases(g, x, weight, self.padding, self.dilation, p)
-        adjoint = self._adjoint(weight)
+        adjoint = self.adjoint(weight)
         p = 1 if adjoint is None else adjoint._phases(g, o, i, kernel[0])
         if adjoint is not None and p > 1:
             return mirror(weight_gradient_in_phases(x, g, mirror(weight), adjoint.padding, adjoint.dilation, p))
@@ -184,7 +184,7 @@ class Convolution:
         plain = not self.transposed and max(self.stride) == 1 and x.is_contiguous() and x.device.type == "cpu"
         return depthwise and plain and len(self.stride) == 3
 
-    def _adjoint(self, weight: Tensor) -> "Convolution | None":
+    def adjoint(self, weight: Tensor) -> "Convolution | None":
         """The convolution, with the mirrored kernel, that takes g to the gradient of x; None where there is none."""
         if self.transposed or max(self.stride) > 1:
             return None
@@ -260,9 +260,13 @@ class Convolution:
         plain = not any(self.padding) and not any(self.output_padding) and max(self.dilation) == 1
         return alike and plain and g.is_contiguous() and is_fast(g)
 
+    def outputs(self, weight: Tensor, shape: Sequence[int]) -> list[int]:
+        """Sizes of the output, not of a transposed convolution, for an input of this shape."""
+        return self._window(weight).outputs(shape[2:])
+
     def _fits(self, x: Tensor, weight: Tensor) -> bool:
         """Whether torch would not refuse them, in words that speak of what the caller knows."""
-        return x.shape[1] == weight.shape[1] and min(self._window(weight).outputs(x.shape[2:])) > 0
+        return x.shape[1] == weight.shape[1] and min(self.outputs(weight, x.shape)) > 0
 
     def _window(self, weight: Tensor) -> Window:
         return Window(tuple(weight.shape[2:]), self.padding, self.dilation, self.stride)

@@ -25,7 +25,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
@@ -34,19 +34,22 @@ from torch.compiler import is_compiling
 
 from segraft.adapters.caching import Derived, Source
 from segraft.adapters.choosing import Way, cheapest
-from segraft.adapters.composing import compose
+from segraft.adapters.composing import Layout, compose
+from segraft.adapters.convolution import Convolution
 from segraft.adapters.edits import Edit, LowRank
 from segraft.adapters.functions import NEXT_TO_ZERO, AdaptedLayer, FrozenLayer, Plan
 from segraft.adapters.grafted import adapted_tensor, base_tensor, grafts_of
 from segraft.adapters.kept import Kept, settle_last
 from segraft.adapters.layers import channel_norm, composing_dtype
 from segraft.adapters.operators import Operator
+from segraft.adapters.packed import Packed, pays_to_pack
 from segraft.adapters.parallel import ParallelLayer
 from segraft.adapters.per_channel import run_by_channel
 from segraft.adapters.stages import SPREAD, SPREAD_BESIDE, chain, matrices
 from segraft.adapters.stock import operator_of
 from segraft.errors import SegraftError
 
+T = TypeVar("T")
 AnyWay = Literal["composed"] | Way
 _WAY: ContextVar[AnyWay | None] = ContextVar("segraft_execution", default=None)
 
@@ -210,7 +213,9 @@ def _run_adapted(layer: nn.Module, x: Tensor, before: Sequence[Edit], edit: LowR
     pair = (update.left, update.right) if update is not None and in_graph else (None, None)
     stages = links.stages if way != "weight" else ()
     kernels = links.kernels(factors) if stages else []
-    plan = Plan(operator, stages, edit.slot, edit.magnitude_dim, () if update is None else update.held)
+    held = () if update is None else update.held
+    packed, ordered = _packed_of(layer, operator, base.detach(), x, held) if beside else (None, None)
+    plan = Plan(operator, stages, edit.slot, edit.magnitude_dim, held, packed, ordered)
     y: Tensor
     if update is None or beside:
         norm = None if edit.m is None else _norm_of(layer, base.detach(), edit)
@@ -240,9 +245,30 @@ def _is_possible(way: Way, operator: Operator, edit: LowRank, x: Tensor, base: T
 
 def _norm_of(layer: nn.Module, base: Tensor, edit: LowRank) -> Tensor:
     """‖W0‖ [o], looked at once."""
-    kept = grafts_of(layer).derived.get("weight")
-    if kept is None or not kept.source.is_still(base):
+    how = edit.slot, edit.magnitude_dim
+    return _derived(layer, "norm", base, how, lambda: channel_norm(base, *how))
+
+
+def _packed_of(
+    layer: nn.Module, operator: Operator, base: Tensor, x: Tensor, held: tuple[int, ...]
+) -> tuple[Packed | None, Tensor | None]:
+    """W0 as oneDNN wants it, and as the matrix that the factors make where it does not lie like that; if it pays."""
+    if not isinstance(operator, Convolution) or not pays_to_pack(operator, base, x):
+        for name in ("packed", "ordered"):
+            grafts_of(layer).derived.pop(name, None)
+        return None, None
+    packed = _derived(layer, "packed", base, operator, lambda: Packed.of(operator, base, x.shape))
+    if not held:
+        return packed, None
+    layout = Layout.of(base, held)
+    return packed, _derived(layer, "ordered", base, layout, lambda: layout.matrix(base))
+
+
+def _derived(layer: nn.Module, name: str, base: Tensor, how: Any, make: Callable[[], T]) -> T:
+    """What the frozen weight gives, made anew when it has changed, or `how` it is made."""
+    kept = grafts_of(layer).derived.get(name)
+    if kept is None or kept.how != how or not kept.source.is_still(base):
         with torch.inference_mode(mode=False), torch.no_grad():
-            kept = Derived(Source.of(base), channel_norm(base, edit.slot, edit.magnitude_dim))
-        grafts_of(layer).derived["weight"] = kept
-    return kept.value
+            kept = grafts_of(layer).derived[name] = Derived(Source.of(base), how, make())
+    found: T = kept.value
+    return found

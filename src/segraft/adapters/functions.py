@@ -13,6 +13,7 @@ from segraft.adapters.composing import along, channels_first, contract
 from segraft.adapters.kept import Kept
 from segraft.adapters.layers import WeightSlot
 from segraft.adapters.operators import Operator
+from segraft.adapters.packed import Packed
 from segraft.adapters.passing import CHANNELS_LAST, Pass
 from segraft.adapters.stages import Matrices, Stage
 
@@ -27,6 +28,8 @@ class Plan:
         slot: of the weight.
         magnitude_dim: of the spec.
         held: of the two matrices, see `Matrices`.
+        packed: the frozen weight as oneDNN wants it, where that pays.
+        ordered: the frozen weight as the matrix that the two are of, where that is not how it lies and pays.
     """
 
     operator: Operator
@@ -34,6 +37,8 @@ class Plan:
     slot: WeightSlot
     magnitude_dim: int | None
     held: tuple[int, ...]
+    packed: Packed | None = None
+    ordered: Tensor | None = None
 
     @property
     def channel_dim(self) -> int:

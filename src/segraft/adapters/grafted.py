@@ -31,7 +31,7 @@ class LayerGrafts(nn.ModuleDict):
         active: names, in the order of the stack.
         by_channel: whether any has edits for one channel of the image alone.
         composed: by tensor, the value last composed.
-        derived: by tensor, what the frozen one gives.
+        derived: by name, what the frozen weight gives.
         passes: of `routing`.
     """
 

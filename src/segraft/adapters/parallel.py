@@ -31,17 +31,20 @@ from segraft.adapters.passing import Pass
 from segraft.adapters.stages import Matrices
 
 
-def norm_of_sum(base: Tensor, base_norm: Tensor, update: Matrices) -> tuple[Tensor, Tensor]:
+def norm_of_sum(
+    base: Tensor, base_norm: Tensor, update: Matrices, ordered: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The norm n = ‖W0 + ΔW‖ [o] and E [o·F, ρ]; n is ‖W0‖ bit for bit where ΔW is zero.
 
     Args:
         base: W0 [o, i, *kernel].
         base_norm: ‖W0‖ [o].
         update: ΔW, scaled.
+        ordered: W0 as the matrix of which ΔW is an update, if it is known.
     """
     layout = Layout.of(base, update.held)
     right = layout.matrix(update.right).unsqueeze(0)
-    h = correlation(layout.matrix(base).unsqueeze(0), right)
+    h = correlation((layout.matrix(base) if ordered is None else ordered).unsqueeze(0), right)
     e = torch.addmm(h, update.left, correlation(right, right))
     more = (update.left * (h + e)).view(len(base_norm), -1).sum(1)
     tiny = torch.finfo(base_norm.dtype).tiny
@@ -50,11 +53,14 @@ def norm_of_sum(base: Tensor, base_norm: Tensor, update: Matrices) -> tuple[Tens
     return (base_norm + more / (base_norm + new).clamp_min(tiny)).clamp_min(tiny), e
 
 
-def norm_gradients(base: Tensor, update: Matrices, e: Tensor, of_norm: Tensor) -> tuple[Tensor, Tensor]:
+def norm_gradients(
+    base: Tensor, update: Matrices, e: Tensor, of_norm: Tensor, ordered: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Of left and right, from that of n [o], divided by n; E [o·F, ρ] as `norm_of_sum` gave it."""
     layout = Layout.of(base, update.held)
     left = by_row(update.left, of_norm).t()
-    of_right = torch.addmm(wide_product(left, layout.matrix(base)), left @ update.left, layout.matrix(update.right))
+    matrix = layout.matrix(base) if ordered is None else ordered
+    of_right = torch.addmm(wide_product(left, matrix), left @ update.left, layout.matrix(update.right))
     return by_row(e, of_norm), layout.tensor(of_right, update.right.shape)
 
 
@@ -88,13 +94,14 @@ class ParallelLayer(torch.autograd.Function):
             right: of `Matrices`, with a magnitude.
             kernels: of the stages.
         """
-        y = own(plan.operator.output(x, base, bias))
+        packed = plan.packed
+        y = own(packed.output(x, bias) if packed else plan.operator.output(x, base, bias))
         run = Pass.of(plan.operator, plan.stages, kernels, x)
         inputs = run.inputs(x)
         y.add_(run.output(inputs))
         norm = e = None
         if m is not None and base_norm is not None and left is not None and right is not None:
-            norm, e = norm_of_sum(base, base_norm, Matrices(left, right, plan.held))
+            norm, e = norm_of_sum(base, base_norm, Matrices(left, right, plan.held), plan.ordered)
             gain = m / norm
             y.mul_(plan.operator.over_channels(gain))
             if bias is not None:
@@ -120,12 +127,17 @@ class ParallelLayer(torch.autograd.Function):
         of_kernels: Sequence[Tensor | None]
         of_kernels, of_x = run.gradients(scaled, inputs, of_entering=needs[1])
         if of_x is not None:
-            of_x = operator.input_gradient(scaled, base, inputs[0]).add_(of_x)
+            packed = plan.packed
+            through = (
+                operator.input_gradient(scaled, base, inputs[0]) if packed is None else packed.input_gradient(scaled)
+            )
+            of_x = through.add_(of_x)
         of_m = of_left = of_right = None
         if m is not None and t is not None:
             of_m = t.to(m.dtype) / divisor(m)
             # dL/dn = −t / n, and dn = ⟨V, dΔW⟩ / n.
-            of_left, of_right = norm_gradients(base, Matrices(left, right, plan.held), e, -t.to(m.dtype) / norm**2)
+            of_norm = -t.to(m.dtype) / norm**2
+            of_left, of_right = norm_gradients(base, Matrices(left, right, plan.held), e, of_norm, plan.ordered)
         elif m is not None:
             # The output was overwritten.
             update = Matrices(left, right, plan.held)

@@ -1,0 +1,161 @@
+"""Frozen weights in oneDNN's own order: the same numbers, and never those of a weight that was."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from segraft.adapters import AdapterSpec, activate, graft, ungraft
+from segraft.adapters.execution import execution
+from segraft.adapters.grafted import base_tensor, grafts_of
+from segraft.adapters.packed import HAS_PACKING, Packed, pays_to_pack
+from segraft.adapters.stock import operator_of
+
+pytestmark = pytest.mark.skipif(not HAS_PACKING, reason="for oneDNN")
+
+WIDE = (336, 352)
+"""Channels of a 3×3 layer with just enough weights."""
+
+
+def layer(**options):
+    torch.manual_seed(0)
+    return nn.Conv2d(*WIDE, 3, **{"padding": 1, **options})
+
+
+def adapted(of, method="dora_c", rank=2):
+    net = graft(nn.Sequential(of), AdapterSpec(method, rank=rank))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in net.parameters():
+            if value.requires_grad:
+                value.add_(0.02 * torch.randn(value.shape, generator=generator))
+    return net
+
+
+def image(*space, batch=1):
+    return torch.randn(batch, WIDE[0], *space, generator=torch.Generator().manual_seed(2))
+
+
+def step(net, x, way):
+    """The output, and the gradients of the image and of all that is trained."""
+    x = x.clone().requires_grad_()
+    with execution(way):
+        y = net(x)
+        weights = torch.linspace(-1, 1, y.numel()).view(y.shape)
+        found = torch.autograd.grad((y * weights).sum(), [x, *(p for p in net.parameters() if p.requires_grad)])
+    return [y.detach(), *found]
+
+
+def is_packed(net):
+    return "packed" in grafts_of(net[0]).derived
+
+
+@pytest.mark.parametrize("method", ["conv_lora", "dora_c", "cp_dora"])
+@pytest.mark.parametrize("options", [{}, {"padding": 0}, {"padding": 2}, {"bias": False}], ids=str)
+def test_the_same_as_the_composed_weight(method, options):
+    net, x = adapted(layer(**options), method), image(7, 9)
+    for found, expected in zip(step(net, x, "parallel"), step(net, x, "composed"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert is_packed(net)
+
+
+def test_the_order_of_the_factors_is_kept_too():
+    net, x = adapted(layer(), rank=40), image(7, 9)
+    for _ in range(2):
+        for found, expected in zip(step(net, x, "parallel"), step(net, x, "composed"), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert grafts_of(net[0]).derived["ordered"].value.shape == (WIDE[1] * 3, WIDE[0] * 3)
+    graft(net, AdapterSpec("conv_dora", rank=40), name="other")
+    activate(net, "other")
+    for found, expected in zip(step(net, x, "parallel"), step(net, x, "composed"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_packed_weight_serves_images_of_other_sizes():
+    net = adapted(layer())
+    step(net, image(8, 8), "parallel")
+    packed = grafts_of(net[0]).derived["packed"].value
+    for x in (image(5, 6), image(9, 9), image(4, 4, batch=3)):
+        for found, expected in zip(step(net, x, "parallel"), step(net, x, "composed"), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        assert grafts_of(net[0]).derived["packed"].value is packed
+
+
+@pytest.mark.parametrize("change", ["in place", "data", "load", "another object"])
+def test_a_weight_that_changes_is_packed_again(change):
+    net, x = adapted(layer(), rank=40), image(6, 6)
+    step(net, x, "parallel")
+    base = base_tensor(net[0], "weight")
+    new = torch.randn_like(base) * 0.02
+    if change == "in place":
+        with torch.no_grad():
+            base.copy_(new)
+    elif change == "data":
+        base.data.copy_(new)
+    elif change == "load":
+        net.load_state_dict({"0.weight": new}, strict=False)
+    else:
+        net[0]._parameters["weight"] = nn.Parameter(new, requires_grad=False)
+    for found, expected in zip(step(net, x, "parallel"), step(net, x, "composed"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("of", "shape", "pays"),
+    [
+        (layer(), (1, WIDE[0], 8, 8), True),
+        (layer(), (1, WIDE[0], 64, 64), False),  # more activations than weights
+        (layer(), (40, WIDE[0], 8, 8), False),
+        (layer(stride=2), (1, WIDE[0], 8, 8), False),
+        (layer(dilation=2, padding=2), (1, WIDE[0], 8, 8), False),
+        (layer(groups=2), (1, WIDE[0], 8, 8), False),
+        (layer(padding=3), (1, WIDE[0], 8, 8), False),  # without an adjoint
+        (layer(padding=0), (1, WIDE[0], 2, 2), False),  # torch refuses it, in its words
+        (nn.Conv2d(64, 64, 3), (1, 64, 4, 4), False),  # small
+        (nn.ConvTranspose2d(*WIDE, 3), (1, WIDE[0], 8, 8), False),
+        (nn.Conv3d(128, 320, 3), (1, 128, 3, 3, 3), False),
+        (nn.Linear(1024, 1024), (1, 1024), False),
+    ],
+    ids=str,
+)
+def test_what_is_packed(of, shape, pays):
+    x = torch.zeros(shape)
+    operator, x = operator_of(of, x)
+    assert pays_to_pack(operator, of.weight.detach(), x) is pays
+    assert not pays_to_pack(operator, of.weight.detach().double(), x.double())
+
+
+def test_a_packed_weight_is_let_go():
+    net = adapted(layer())
+    step(net, image(6, 6), "parallel")
+    packed = weakref.ref(grafts_of(net[0]).derived["packed"].value.output_weight)
+    assert not is_packed(copy.deepcopy(net))
+    step(net, image(64, 64), "parallel")
+    gc.collect()
+    assert packed() is None
+    step(net, image(6, 6), "parallel")
+    packed = weakref.ref(grafts_of(net[0]).derived["packed"].value.output_weight)
+    ungraft(net)
+    gc.collect()
+    assert packed() is None
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_output_and_gradient_by_themselves(memory_format):
+    of, x = layer(), image(6, 5, batch=2).contiguous(memory_format=memory_format).requires_grad_()
+    operator, _ = operator_of(of, x)
+    weight, y = of.weight.detach(), of(x)
+    g = torch.linspace(-1, 1, y.numel()).view(y.shape).contiguous(memory_format=memory_format)
+    (of_x,) = torch.autograd.grad(y, x, g)
+    packed = Packed.of(operator, weight, x.shape)
+    for found, expected in (
+        (packed.output(x.detach(), of.bias.detach()), y.detach()),
+        (packed.output(x.detach(), None), operator.forward(x.detach(), weight, None)),
+        (packed.input_gradient(g), of_x),
+    ):
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert pays_to_pack(operator, weight, x.detach()) is (memory_format == torch.contiguous_format)
