@@ -126,6 +126,8 @@ def test_what_is_packed(of, shape, pays):
     operator, x = operator_of(of, x)
     assert pays_to_pack(operator, of.weight.detach(), x) is pays
     assert not pays_to_pack(operator, of.weight.detach().double(), x.double())
+    with torch.inference_mode():
+        assert not pays_to_pack(operator, of.weight.clone(), x)
 
 
 def test_a_packed_weight_is_let_go():

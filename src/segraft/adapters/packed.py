@@ -63,6 +63,8 @@ def pays_to_pack(operator: Operator, weight: Tensor, x: Tensor) -> bool:
         return False
     if not (is_fast(weight) and is_fast(x) and weight.is_contiguous() and x.is_contiguous()) or is_traced(weight, x):
         return False
+    if weight.is_inference():
+        return False  # nobody could tell whether it has changed
     plain = operator.groups == 1 and max(operator.dilation) == 1 and x.shape[1] == weight.shape[1]
     if not plain or operator.adjoint(weight) is None or min(operator.outputs(weight, x.shape)) < 1:
         return False
