@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from segraft.adapters import AdapterSpec, activate, graft, ungraft
+from segraft.adapters import AdapterSpec, graft, ungraft
 from segraft.adapters.execution import execution
 from segraft.adapters.grafted import base_tensor, grafts_of
 from segraft.adapters.packed import HAS_PACKING, Packed, pays_to_pack
@@ -25,8 +25,8 @@ def layer(**options):
     return nn.Conv2d(*WIDE, 3, **{"padding": 1, **options})
 
 
-def adapted(of, method="dora_c", rank=2):
-    net = graft(nn.Sequential(of), AdapterSpec(method, rank=rank))
+def adapted(of, method="dora_c"):
+    net = graft(nn.Sequential(of), AdapterSpec(method, rank=2))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for value in net.parameters():
@@ -62,18 +62,6 @@ def test_the_same_as_the_composed_weight(method, options):
     assert is_packed(net)
 
 
-def test_the_order_of_the_factors_is_kept_too():
-    net, x = adapted(layer(), rank=40), image(7, 9)
-    for _ in range(2):
-        for found, expected in zip(step(net, x, "parallel"), step(net, x, "composed"), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    assert grafts_of(net[0]).derived["ordered"].value.shape == (WIDE[1] * 3, WIDE[0] * 3)
-    graft(net, AdapterSpec("conv_dora", rank=40), name="other")
-    activate(net, "other")
-    for found, expected in zip(step(net, x, "parallel"), step(net, x, "composed"), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-
-
 def test_a_packed_weight_serves_images_of_other_sizes():
     net = adapted(layer())
     step(net, image(8, 8), "parallel")
@@ -86,7 +74,7 @@ def test_a_packed_weight_serves_images_of_other_sizes():
 
 @pytest.mark.parametrize("change", ["in place", "data", "load", "another object"])
 def test_a_weight_that_changes_is_packed_again(change):
-    net, x = adapted(layer(), rank=40), image(6, 6)
+    net, x = adapted(layer()), image(6, 6)
     step(net, x, "parallel")
     base = base_tensor(net[0], "weight")
     new = torch.randn_like(base) * 0.02
@@ -133,31 +121,28 @@ def test_what_is_packed(of, shape, pays):
 def test_a_packed_weight_is_let_go():
     net = adapted(layer())
     step(net, image(6, 6), "parallel")
-    packed = weakref.ref(grafts_of(net[0]).derived["packed"].value.output_weight)
+    packed = weakref.ref(grafts_of(net[0]).derived["packed"].value.weight)
     assert not is_packed(copy.deepcopy(net))
     step(net, image(64, 64), "parallel")
     gc.collect()
     assert packed() is None
     step(net, image(6, 6), "parallel")
-    packed = weakref.ref(grafts_of(net[0]).derived["packed"].value.output_weight)
+    packed = weakref.ref(grafts_of(net[0]).derived["packed"].value.weight)
     ungraft(net)
     gc.collect()
     assert packed() is None
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_output_and_gradient_by_themselves(memory_format):
+def test_the_gradient_by_itself(memory_format):
     of, x = layer(), image(6, 5, batch=2).contiguous(memory_format=memory_format).requires_grad_()
     operator, _ = operator_of(of, x)
     weight, y = of.weight.detach(), of(x)
-    g = torch.linspace(-1, 1, y.numel()).view(y.shape).contiguous(memory_format=memory_format)
+    g = torch.linspace(-1, 1, y.numel()).view(y.shape)
     (of_x,) = torch.autograd.grad(y, x, g)
     packed = Packed.of(operator, weight, x.shape)
-    for found, expected in (
-        (packed.output(x.detach(), of.bias.detach()), y.detach()),
-        (packed.output(x.detach(), None), operator.forward(x.detach(), weight, None)),
-        (packed.input_gradient(g), of_x),
-    ):
+    for each in (g, g.contiguous(memory_format=torch.channels_last), torch.cat([g, g], 1)[:, : g.shape[1]]):
+        found = packed.input_gradient(each)
         assert found.is_contiguous()
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, of_x, rtol=1e-5, atol=1e-4)
     assert pays_to_pack(operator, weight, x.detach()) is (memory_format == torch.contiguous_format)

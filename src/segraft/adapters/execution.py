@@ -34,7 +34,7 @@ from torch.compiler import is_compiling
 
 from segraft.adapters.caching import Derived, Source
 from segraft.adapters.choosing import Way, cheapest
-from segraft.adapters.composing import Layout, compose
+from segraft.adapters.composing import compose
 from segraft.adapters.convolution import Convolution
 from segraft.adapters.edits import Edit, LowRank
 from segraft.adapters.functions import NEXT_TO_ZERO, AdaptedLayer, FrozenLayer, Plan
@@ -214,8 +214,8 @@ def _run_adapted(layer: nn.Module, x: Tensor, before: Sequence[Edit], edit: LowR
     stages = links.stages if way != "weight" else ()
     kernels = links.kernels(factors) if stages else []
     held = () if update is None else update.held
-    packed, ordered = _packed_of(layer, operator, base.detach(), x, held) if beside else (None, None)
-    plan = Plan(operator, stages, edit.slot, edit.magnitude_dim, held, packed, ordered)
+    packed = _packed_of(layer, operator, base.detach(), x) if beside and x.requires_grad else None
+    plan = Plan(operator, stages, edit.slot, edit.magnitude_dim, held, packed)
     y: Tensor
     if update is None or beside:
         norm = None if edit.m is None else _norm_of(layer, base.detach(), edit)
@@ -249,19 +249,12 @@ def _norm_of(layer: nn.Module, base: Tensor, edit: LowRank) -> Tensor:
     return _derived(layer, "norm", base, how, lambda: channel_norm(base, *how))
 
 
-def _packed_of(
-    layer: nn.Module, operator: Operator, base: Tensor, x: Tensor, held: tuple[int, ...]
-) -> tuple[Packed | None, Tensor | None]:
-    """W0 as oneDNN wants it, and as the matrix that the factors make where it does not lie like that; if it pays."""
+def _packed_of(layer: nn.Module, operator: Operator, base: Tensor, x: Tensor) -> Packed | None:
+    """W0 as oneDNN wants it for the gradient of the input, where that pays."""
     if not isinstance(operator, Convolution) or not pays_to_pack(operator, base, x):
-        for name in ("packed", "ordered"):
-            grafts_of(layer).derived.pop(name, None)
-        return None, None
-    packed = _derived(layer, "packed", base, operator, lambda: Packed.of(operator, base, x.shape))
-    if not held:
-        return packed, None
-    layout = Layout.of(base, held)
-    return packed, _derived(layer, "ordered", base, layout, lambda: layout.matrix(base))
+        grafts_of(layer).derived.pop("packed", None)
+        return None
+    return _derived(layer, "packed", base, operator, lambda: Packed.of(operator, base, x.shape))
 
 
 def _derived(layer: nn.Module, name: str, base: Tensor, how: Any, make: Callable[[], T]) -> T:

@@ -28,8 +28,7 @@ class Plan:
         slot: of the weight.
         magnitude_dim: of the spec.
         held: of the two matrices, see `Matrices`.
-        packed: the frozen weight as oneDNN wants it, where that pays.
-        ordered: the frozen weight as the matrix that the two are of, where that is not how it lies and pays.
+        packed: the frozen weight as oneDNN wants it for the gradient of the input, where that pays.
     """
 
     operator: Operator
@@ -38,7 +37,6 @@ class Plan:
     magnitude_dim: int | None
     held: tuple[int, ...]
     packed: Packed | None = None
-    ordered: Tensor | None = None
 
     @property
     def channel_dim(self) -> int:

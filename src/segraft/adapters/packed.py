@@ -1,8 +1,7 @@
-"""Frozen weights of convolutions in oneDNN's own order of memory.
+"""The frozen weight of a convolution in oneDNN's own order of memory, for the gradient of the input.
 
-oneDNN brings a weight into blocks of its own before it convolves, and for the gradient of the input once more, which
-takes up to a third of the time where a layer has more weights than activations. A frozen one is brought in order once,
-at the price of two more copies of it.
+oneDNN brings a weight into blocks of its own each time, which takes up to a third of the time where a layer has more
+weights than activations. A frozen one is mirrored and brought in order once, at the price of another copy of it.
 """
 
 from dataclasses import dataclass
@@ -18,47 +17,43 @@ HAS_PACKING = HAS_ONEDNN and all(
     hasattr(torch.ops.mkldnn, name) for name in ("_reorder_convolution_weight", "_convolution_pointwise")
 )
 
-LARGE = 1 << 20
-"""Numbers of a weight for which it pays, if the layer's input and output together have fewer."""
+LARGE, TIMES = 1 << 20, 2
+"""Numbers of a weight for which it pays, if they are so many times those of the layer's input and output."""
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A frozen weight that is convolved with, and its mirror image for the gradient of the input.
+    """A frozen weight, mirrored.
 
     Attributes:
-        output_weight: in an order that oneDNN chose for one shape of x; others it can serve too.
-        input_weight: likewise.
-        padding: of the convolution, and of its adjoint.
+        weight: in an order that oneDNN chose for one shape of g; others it can serve too.
+        padding: of the adjoint convolution.
     """
 
-    output_weight: Tensor
-    input_weight: Tensor
-    padding: tuple[tuple[int, ...], tuple[int, ...]]
+    weight: Tensor
+    padding: tuple[int, ...]
 
     @classmethod
     def of(cls, operator: Convolution, weight: Tensor, shape: torch.Size) -> "Packed":
-        """For inputs of this shape; `pays_to_pack` says of which layers."""
+        """For inputs x of this shape; `pays_to_pack` says of which layers."""
         adjoint = operator.adjoint(weight)
         assert adjoint is not None  # noqa: S101  pays_to_pack has looked
         outputs = torch.Size((shape[0], weight.shape[0], *operator.outputs(weight, shape)))
-        return cls(
-            _reordered(weight, operator, shape),
-            _reordered(mirror(weight), adjoint, outputs),
-            (operator.padding, adjoint.padding),
-        )
-
-    def output(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """[B, o, …] of x [B, i, …], up to rounding."""
-        return _convolved(x, self.output_weight, bias, self.padding[0])
+        geometry = adjoint.padding, adjoint.stride, adjoint.dilation, 1
+        with torch.no_grad():
+            packed = torch.ops.mkldnn._reorder_convolution_weight(mirror(weight.detach()), *geometry, outputs)
+        return cls(packed, adjoint.padding)
 
     def input_gradient(self, g: Tensor) -> Tensor:
         """[B, i, …] of g [B, o, …], up to rounding."""
-        return _convolved(g, self.input_weight, None, self.padding[1])
+        ones = (1,) * len(self.padding)
+        geometry = self.padding, ones, ones, 1
+        found: Tensor = torch.ops.mkldnn._convolution_pointwise(g, self.weight, None, *geometry, "none", [], "")
+        return found.contiguous()
 
 
 def pays_to_pack(operator: Operator, weight: Tensor, x: Tensor) -> bool:
-    """Whether a layer's frozen weight had better be packed: more than its activations, in two dimensions."""
+    """Whether a layer's frozen weight had better be packed: large beside its activations, in two dimensions."""
     if not (HAS_PACKING and isinstance(operator, Convolution) and weight.numel() >= LARGE and weight.ndim == 4):
         return False
     if not (is_fast(weight) and is_fast(x) and weight.is_contiguous() and x.is_contiguous()) or is_traced(weight, x):
@@ -70,18 +65,4 @@ def pays_to_pack(operator: Operator, weight: Tensor, x: Tensor) -> bool:
         return False
     outputs = len(x) * weight.shape[0] * torch.Size(operator.outputs(weight, x.shape)).numel()
     filtered = operator.filtering(tuple(x.shape), tuple(weight.shape)) is not None
-    return weight.numel() >= x.numel() + outputs and not filtered
-
-
-def _reordered(weight: Tensor, operator: Convolution, shape: torch.Size) -> Tensor:
-    with torch.no_grad():
-        packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
-            weight.detach(), operator.padding, operator.stride, operator.dilation, 1, shape
-        )
-    return packed
-
-
-def _convolved(x: Tensor, packed: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> Tensor:
-    ones = (1,) * len(padding)
-    y: Tensor = torch.ops.mkldnn._convolution_pointwise(x, packed, bias, padding, ones, ones, 1, "none", [], "")
-    return y.contiguous()
+    return weight.numel() >= TIMES * (x.numel() + outputs) and not filtered

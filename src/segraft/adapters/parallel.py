@@ -31,20 +31,17 @@ from segraft.adapters.passing import Pass
 from segraft.adapters.stages import Matrices
 
 
-def norm_of_sum(
-    base: Tensor, base_norm: Tensor, update: Matrices, ordered: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def norm_of_sum(base: Tensor, base_norm: Tensor, update: Matrices) -> tuple[Tensor, Tensor]:
     """The norm n = ‖W0 + ΔW‖ [o] and E [o·F, ρ]; n is ‖W0‖ bit for bit where ΔW is zero.
 
     Args:
         base: W0 [o, i, *kernel].
         base_norm: ‖W0‖ [o].
         update: ΔW, scaled.
-        ordered: W0 as the matrix of which ΔW is an update, if it is known.
     """
     layout = Layout.of(base, update.held)
     right = layout.matrix(update.right).unsqueeze(0)
-    h = correlation((layout.matrix(base) if ordered is None else ordered).unsqueeze(0), right)
+    h = correlation(layout.matrix(base).unsqueeze(0), right)
     e = torch.addmm(h, update.left, correlation(right, right))
     more = (update.left * (h + e)).view(len(base_norm), -1).sum(1)
     tiny = torch.finfo(base_norm.dtype).tiny
@@ -53,14 +50,11 @@ def norm_of_sum(
     return (base_norm + more / (base_norm + new).clamp_min(tiny)).clamp_min(tiny), e
 
 
-def norm_gradients(
-    base: Tensor, update: Matrices, e: Tensor, of_norm: Tensor, ordered: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def norm_gradients(base: Tensor, update: Matrices, e: Tensor, of_norm: Tensor) -> tuple[Tensor, Tensor]:
     """Of left and right, from that of n [o], divided by n; E [o·F, ρ] as `norm_of_sum` gave it."""
     layout = Layout.of(base, update.held)
     left = by_row(update.left, of_norm).t()
-    matrix = layout.matrix(base) if ordered is None else ordered
-    of_right = torch.addmm(wide_product(left, matrix), left @ update.left, layout.matrix(update.right))
+    of_right = torch.addmm(wide_product(left, layout.matrix(base)), left @ update.left, layout.matrix(update.right))
     return by_row(e, of_norm), layout.tensor(of_right, update.right.shape)
 
 
@@ -94,14 +88,13 @@ class ParallelLayer(torch.autograd.Function):
             right: of `Matrices`, with a magnitude.
             kernels: of the stages.
         """
-        packed = plan.packed
-        y = own(packed.output(x, bias) if packed else plan.operator.output(x, base, bias))
+        y = own(plan.operator.output(x, base, bias))
         run = Pass.of(plan.operator, plan.stages, kernels, x)
         inputs = run.inputs(x)
         y.add_(run.output(inputs))
         norm = e = None
         if m is not None and base_norm is not None and left is not None and right is not None:
-            norm, e = norm_of_sum(base, base_norm, Matrices(left, right, plan.held), plan.ordered)
+            norm, e = norm_of_sum(base, base_norm, Matrices(left, right, plan.held))
             gain = m / norm
             y.mul_(plan.operator.over_channels(gain))
             if bias is not None:
@@ -136,8 +129,7 @@ class ParallelLayer(torch.autograd.Function):
         if m is not None and t is not None:
             of_m = t.to(m.dtype) / divisor(m)
             # dL/dn = −t / n, and dn = ⟨V, dΔW⟩ / n.
-            of_norm = -t.to(m.dtype) / norm**2
-            of_left, of_right = norm_gradients(base, Matrices(left, right, plan.held), e, of_norm, plan.ordered)
+            of_left, of_right = norm_gradients(base, Matrices(left, right, plan.held), e, -t.to(m.dtype) / norm**2)
         elif m is not None:
             # The output was overwritten.
             update = Matrices(left, right, plan.held)
