@@ -325,6 +325,25 @@ def test_what_is_not_a_number_is_still_what_it_was():
     assert not source.is_still(values)
 
 
+def test_storage_that_was_looked_at_can_be_resized():
+    """As sharding does, which takes parameters apart and puts them together again."""
+    values = torch.ones(40, 40)
+    source = Source.of(values)
+    values.untyped_storage().resize_(0)
+    assert not source.is_still(values)
+
+
+def test_tensors_of_other_classes_are_looked_at():
+    class Named(torch.Tensor):
+        pass
+
+    values = torch.ones(40, 40).as_subclass(Named)
+    source = Source.of(values)
+    assert source.is_still(values)
+    values.data.mul_(2)
+    assert not source.is_still(values)
+
+
 @pytest.mark.parametrize("shape", [(), (0, 3), (1,)])
 def test_sources_of_any_shape(shape):
     values = torch.ones(shape)

@@ -7,8 +7,9 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from segraft.adapters import AdapterSpec, graft, ungraft
+from segraft.adapters import AdapterSpec, activate, graft, merge, ungraft
 from segraft.adapters.execution import execution
 from segraft.adapters.grafted import base_tensor, grafts_of
 from segraft.adapters.packed import HAS_PACKING, Packed, pays_to_pack
@@ -49,8 +50,13 @@ def step(net, x, way):
     return [y.detach(), *found]
 
 
+def packed_of(net):
+    derived = grafts_of(net[0]).derived.get("weight")
+    return next((value for value in derived.values.values() if isinstance(value, Packed)), None) if derived else None
+
+
 def is_packed(net):
-    return "packed" in grafts_of(net[0]).derived
+    return packed_of(net) is not None
 
 
 @pytest.mark.parametrize("method", ["conv_lora", "dora_c", "cp_dora"])
@@ -65,11 +71,11 @@ def test_the_same_as_the_composed_weight(method, options):
 def test_a_packed_weight_serves_images_of_other_sizes():
     net = adapted(layer())
     step(net, image(8, 8), "parallel")
-    packed = grafts_of(net[0]).derived["packed"].value
+    packed = packed_of(net)
     for x in (image(5, 6), image(9, 9), image(4, 4, batch=3)):
         for found, expected in zip(step(net, x, "parallel"), step(net, x, "composed"), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-        assert grafts_of(net[0]).derived["packed"].value is packed
+        assert packed_of(net) is packed
 
 
 @pytest.mark.parametrize("change", ["in place", "data", "load", "another object"])
@@ -118,19 +124,38 @@ def test_what_is_packed(of, shape, pays):
         assert not pays_to_pack(operator, of.weight.clone(), x)
 
 
-def test_a_packed_weight_is_let_go():
+@pytest.mark.parametrize("leave", [ungraft, merge, lambda net: activate(net, None)], ids=["ungraft", "merge", "switch"])
+def test_a_packed_weight_is_let_go(leave):
     net = adapted(layer())
-    step(net, image(6, 6), "parallel")
-    packed = weakref.ref(grafts_of(net[0]).derived["packed"].value.weight)
+    step(net, image(6, 6), None)
+    assert is_packed(net)
+    packed = weakref.ref(packed_of(net).weight)
     assert not is_packed(copy.deepcopy(net))
-    step(net, image(64, 64), "parallel")
+    leave(net)
     gc.collect()
     assert packed() is None
-    step(net, image(6, 6), "parallel")
-    packed = weakref.ref(grafts_of(net[0]).derived["packed"].value.weight)
-    ungraft(net)
-    gc.collect()
-    assert packed() is None
+
+
+@pytest.mark.parametrize("method", ["conv_lora", "dora_c"])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_channel_that_is_overwritten_without_a_version_is_noticed(method, dim):
+    net, x = adapted(layer(), method), image(6, 6)
+    base = base_tensor(net[0], "weight")
+    for channel in (0, 3, 101, 335):
+        step(net, x, "parallel")
+        base.data.select(dim, channel).zero_()
+        for found, expected in zip(step(net, x, "parallel"), step(net, x, "composed"), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_what_counts_operations_counts_them():
+    net, x = adapted(layer()), image(6, 6).requires_grad_()
+    with execution("parallel"):
+        y = net(x)
+    assert is_packed(net)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() >= 2 * 9 * WIDE[0] * WIDE[1] * 36
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -1,14 +1,17 @@
 """Composed tensors kept while nothing they were composed of has changed."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from segraft.adapters.edits import Edit
+
+T = TypeVar("T")
 
 PLACES, IN_A_ROW = 32, 16
 """So many values of a tensor are compared, in rows at so many places: what costs time is not how many there are, but
@@ -42,13 +45,15 @@ class Source:
     values: bytes = b""
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Self:
-        """What `tensor` is now."""
+    def of(cls, tensor: Tensor, *, by_channel: bool = False) -> Self:
+        """What `tensor` is now; `by_channel`: with values of every channel, [o, i, …], of either side."""
         alias = tensor.detach()
         version = -1 if tensor.is_inference() else tensor._version
-        if alias.device.type != "cpu" or type(alias) is not Tensor or alias.is_neg() or alias.is_conj():
+        wrapped = type(alias).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        if alias.device.type != "cpu" or wrapped or alias.is_neg() or alias.is_conj():
             return cls(alias, alias.data_ptr(), alias.shape, version)
-        sample = _bytes_spread_over(alias)
+        places = sum(alias.shape[:2]) if by_channel else PLACES
+        sample = _bytes_spread_over(alias.as_subclass(Tensor), places, 1 if by_channel else IN_A_ROW)
         return cls(alias, alias.data_ptr(), alias.shape, version, sample, sample.tobytes())
 
     def is_still(self, tensor: Tensor) -> bool:
@@ -65,15 +70,16 @@ class Source:
         )
 
 
-def _bytes_spread_over(tensor: Tensor) -> memoryview:
+def _bytes_spread_over(tensor: Tensor, places: int, in_a_row: int) -> memoryview:
     """The memory of so many places of a tensor on the CPU, as it lies; of a small one or one with gaps, of all."""
     reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     dense = reach == tensor.numel() - 1  # in any order, such as channels last
-    spare = tensor.numel() - IN_A_ROW
-    if dense and spare > (PLACES - 1) * IN_A_ROW:
-        tensor = tensor.as_strided((PLACES, IN_A_ROW), (spare // (PLACES - 1), 1))
+    spare = tensor.numel() - in_a_row
+    if dense and spare > (places - 1) * in_a_row:
+        tensor = tensor.as_strided((places, in_a_row), (spare // (places - 1), 1))
     alike = BITS.get(tensor.itemsize)  # NumPy has no bfloat16
-    return (tensor if alike is None else tensor.view(alike)).numpy().data
+    # Tensor.numpy() would forbid for good that the storage is resized, as sharding does.
+    return np.from_dlpack(tensor if alike is None else tensor.view(alike)).data
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,17 +171,23 @@ class Composed:
 
 @dataclass(frozen=True, slots=True)
 class Derived:
-    """Something that one frozen tensor gives, such as its norm.
+    """What one frozen tensor gives, such as its norm.
 
     Attributes:
         source: the tensor.
-        how: what else it depends on.
-        value: it.
+        values: by name and whatever else they depend on.
     """
 
     source: Source
-    how: Any
-    value: Any
+    values: dict[Any, Any] = field(default_factory=dict)
+
+    def get(self, key: Any, make: Callable[[], T]) -> T:
+        """The value of this name, made when first asked for."""
+        if key not in self.values:
+            with torch.inference_mode(mode=False), torch.no_grad():
+                self.values[key] = make()
+        found: T = self.values[key]
+        return found
 
 
 _STEPS = [0]

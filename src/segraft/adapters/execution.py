@@ -25,7 +25,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
@@ -49,7 +49,6 @@ from segraft.adapters.stages import SPREAD, SPREAD_BESIDE, chain, matrices
 from segraft.adapters.stock import operator_of
 from segraft.errors import SegraftError
 
-T = TypeVar("T")
 AnyWay = Literal["composed"] | Way
 _WAY: ContextVar[AnyWay | None] = ContextVar("segraft_execution", default=None)
 
@@ -214,11 +213,10 @@ def _run_adapted(layer: nn.Module, x: Tensor, before: Sequence[Edit], edit: LowR
     stages = links.stages if way != "weight" else ()
     kernels = links.kernels(factors) if stages else []
     held = () if update is None else update.held
-    packed = _packed_of(layer, operator, base.detach(), x) if beside and x.requires_grad else None
+    norm, packed = _of_frozen(layer, operator, base.detach(), x, edit) if beside else (None, None)
     plan = Plan(operator, stages, edit.slot, edit.magnitude_dim, held, packed)
     y: Tensor
     if update is None or beside:
-        norm = None if edit.m is None else _norm_of(layer, base.detach(), edit)
         y = ParallelLayer.apply(plan, x, _bias(layer, x), base.detach(), norm, edit.m, *pair, *kernels)  # type: ignore[no-untyped-call]
     else:
         with torch.no_grad():
@@ -243,25 +241,27 @@ def _is_possible(way: Way, operator: Operator, edit: LowRank, x: Tensor, base: T
     return way == "chain" or (is_own and x.dtype == base.dtype == composing_dtype(base.dtype))
 
 
-def _norm_of(layer: nn.Module, base: Tensor, edit: LowRank) -> Tensor:
-    """‖W0‖ [o], looked at once."""
-    how = edit.slot, edit.magnitude_dim
-    return _derived(layer, "norm", base, how, lambda: channel_norm(base, *how))
-
-
-def _packed_of(layer: nn.Module, operator: Operator, base: Tensor, x: Tensor) -> Packed | None:
-    """W0 as oneDNN wants it for the gradient of the input, where that pays."""
-    if not isinstance(operator, Convolution) or not pays_to_pack(operator, base, x):
-        grafts_of(layer).derived.pop("packed", None)
-        return None
-    return _derived(layer, "packed", base, operator, lambda: Packed.of(operator, base, x.shape))
-
-
-def _derived(layer: nn.Module, name: str, base: Tensor, how: Any, make: Callable[[], T]) -> T:
-    """What the frozen weight gives, made anew when it has changed, or `how` it is made."""
-    kept = grafts_of(layer).derived.get(name)
-    if kept is None or kept.how != how or not kept.source.is_still(base):
+def _derived(layer: nn.Module, base: Tensor) -> Derived:
+    """What W0 gives, as long as it stays what it is; nothing else would notice a filter that was overwritten."""
+    derived = grafts_of(layer).derived
+    kept = derived.get("weight")
+    if kept is None or not kept.source.is_still(base):
         with torch.inference_mode(mode=False), torch.no_grad():
-            kept = grafts_of(layer).derived[name] = Derived(Source.of(base), how, make())
-    found: T = kept.value
-    return found
+            kept = derived["weight"] = Derived(Source.of(base, by_channel=True))
+    return kept
+
+
+def _of_frozen(
+    layer: nn.Module, operator: Operator, base: Tensor, x: Tensor, edit: LowRank
+) -> tuple[Tensor | None, Packed | None]:
+    """‖W0‖ [o] with a magnitude, and W0 as oneDNN wants it for the gradient of x where that pays: made once."""
+    packs = x.requires_grad and isinstance(operator, Convolution) and pays_to_pack(operator, base, x)
+    if edit.m is None and not packs:
+        return None, None
+    derived, norm, packed = _derived(layer, base), None, None
+    if edit.m is not None:
+        how = edit.slot, edit.magnitude_dim
+        norm = derived.get(("norm", *how), lambda: channel_norm(base, *how))
+    if packs and isinstance(operator, Convolution):
+        packed = derived.get(("packed", operator), lambda: Packed.of(operator, base, x.shape))
+    return norm, packed

@@ -223,7 +223,7 @@ def activate(net: nn.Module, names: str | Sequence[str] | None, *, train: str | 
     for _, layer in grafted_layers(net):
         grafts = grafts_of(layer)
         grafts.active = active
-        grafts.composed.clear()
+        grafts.forget()
         for name, edits in grafts.items():
             edits.requires_grad_(name in trainable)
 

@@ -31,7 +31,7 @@ class LayerGrafts(nn.ModuleDict):
         active: names, in the order of the stack.
         by_channel: whether any has edits for one channel of the image alone.
         composed: by tensor, the value last composed.
-        derived: by name, what the frozen weight gives.
+        derived: by tensor, what the frozen one gives.
         passes: of `routing`.
     """
 
@@ -46,6 +46,11 @@ class LayerGrafts(nn.ModuleDict):
     def __getstate__(self) -> dict[str, Any]:
         """Without what can be computed again."""
         return {**self.__dict__, "composed": {}, "derived": {}}
+
+    def forget(self) -> None:
+        """Let go of what can be computed again."""
+        self.composed.clear()
+        self.derived.clear()
 
     def edits(self, name: str) -> dict[str, Edit]:
         """What adapter `name` does to this layer, by key; empty where it leaves the layer alone."""

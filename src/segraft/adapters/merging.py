@@ -67,7 +67,7 @@ def merge(net: Net, *, reversible: bool = True) -> Net:
         edited = {edit.tensor for edit in grafts.active_edits()}
         merged = {tensor: adapted_tensor(layer, tensor).detach().clone() for tensor in sorted(edited)}
         base = {tensor: base_tensor(layer, tensor) for tensor in merged}
-        grafts.composed.clear()
+        grafts.forget()
         del layer._modules[ATTRIBUTE]
         refresh_class(layer)
         for tensor, value in merged.items():

@@ -28,6 +28,7 @@ from segraft.adapters.functions import (
 from segraft.adapters.kept import Kept
 from segraft.adapters.narrow import correlation, wide_product
 from segraft.adapters.passing import Pass
+from segraft.adapters.products import is_traced
 from segraft.adapters.stages import Matrices
 
 
@@ -120,7 +121,7 @@ class ParallelLayer(torch.autograd.Function):
         of_kernels: Sequence[Tensor | None]
         of_kernels, of_x = run.gradients(scaled, inputs, of_entering=needs[1])
         if of_x is not None:
-            packed = plan.packed
+            packed = None if is_traced(scaled, base) else plan.packed
             through = (
                 operator.input_gradient(scaled, base, inputs[0]) if packed is None else packed.input_gradient(scaled)
             )

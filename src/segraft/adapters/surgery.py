@@ -74,7 +74,7 @@ def detach(layer: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         if name in grafts:
             del grafts[name]
-            grafts.composed.clear()
+            grafts.forget()
     grafts.active = tuple(name for name in grafts.active if name in grafts)
     if len(grafts) == 0:
         del layer._modules[ATTRIBUTE]
