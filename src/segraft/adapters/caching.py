@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
-import numpy as np
 import torch
+import torch.utils.dlpack
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -78,8 +78,9 @@ def _bytes_spread_over(tensor: Tensor, places: int, in_a_row: int) -> memoryview
     if dense and spare > (places - 1) * in_a_row:
         tensor = tensor.as_strided((places, in_a_row), (spare // (places - 1), 1))
     alike = BITS.get(tensor.itemsize)  # NumPy has no bfloat16
-    # Tensor.numpy() would forbid for good that the storage is resized, as sharding does.
-    return np.from_dlpack(tensor if alike is None else tensor.view(alike)).data
+    tensor = tensor if alike is None else tensor.view(alike)
+    # As another storage of the same memory: that of an array can never be resized again, as sharding does.
+    return torch.utils.dlpack.from_dlpack(tensor).numpy().data
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,13 +25,13 @@ app.command("import")(import_)
 app.add_typer(study, name="study")
 
 
-def _leave_others() -> None:
+def _leave_others(code: int) -> None:
     """End here where processes train together: their connections' threads do not always survive an orderly end."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(INTERRUPTED)
+        os._exit(code)
 
 
 def main() -> None:
@@ -50,5 +50,5 @@ def main() -> None:
         raise SystemExit(2) from None
     if code == INTERRUPTED:
         print("segraft: interrupted; a training (pretrain, adapt) goes on with --resume.", file=sys.stderr)  # noqa: T201
-        _leave_others()
+    _leave_others(code or 0)
     raise SystemExit(code)
