@@ -109,6 +109,15 @@ class TestRatios:
         assert network.evaluation_over_base("conv_dora r8").high == 1.25
         assert network.over("conv_dora r8", "bound").median == 1.2  # steps are of the run that has them
 
+    def test_what_took_steps_alone_is_not_judged_by_its_evaluation(self):
+        made = results()
+        record = made["networks"]["unet"] | {"name": "unet"}
+        steps = {"bound": row([1.0]), "full": row([2.0]), "cp_dora r8": row([1.5], method="cp_dora", rank=8)}
+        store.add_run(made, record, run("DoRA r8, steps", steps))
+        network = ratios.Network(made["networks"]["unet"])
+        assert {name for name, _ in targets.evaluation_over_base(network)} == {"conv_dora r8", "dora_c r8"}
+        assert "cp_dora r8" in {name for name, _ in targets.step_over("bound", 0, 8, network)}
+
     def test_nothing_is_compared_across_runs(self):
         first = run("a", {"full": row([1.0]), "x": row([2.0])})
         second = run("b", {"full": row([10.0]), "y": row([30.0])})
