@@ -1,7 +1,8 @@
 """What keeping freed memory, and laying it in huge pages, brings: `python -m benchmarks.allocating --out FILE`.
 
 How memory is taken holds for a whole process. So each setting has processes of its own, which take turns; unlike in
-`benchmarks.run`, a machine whose speed drifts shows in the ratios.
+`benchmarks.run`, a machine whose speed drifts shows in the ratios. Threads must not be bound to cores by the
+environment (OMP_PROC_BIND): a process would hand its own core on to those it starts.
 """
 
 import json
