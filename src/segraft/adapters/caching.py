@@ -45,15 +45,14 @@ class Source:
     values: bytes = b""
 
     @classmethod
-    def of(cls, tensor: Tensor, *, by_channel: bool = False) -> Self:
-        """What `tensor` is now; `by_channel`: with values of every channel, [o, i, …], of either side."""
+    def of(cls, tensor: Tensor) -> Self:
+        """What `tensor` is now."""
         alias = tensor.detach()
         version = -1 if tensor.is_inference() else tensor._version
         wrapped = type(alias).__torch_dispatch__ is not Tensor.__torch_dispatch__
         if alias.device.type != "cpu" or wrapped or alias.is_neg() or alias.is_conj():
             return cls(alias, alias.data_ptr(), alias.shape, version)
-        places = sum(alias.shape[:2]) if by_channel else PLACES
-        sample = _bytes_spread_over(alias.as_subclass(Tensor), places, 1 if by_channel else IN_A_ROW)
+        sample = _bytes_spread_over(alias.as_subclass(Tensor))
         return cls(alias, alias.data_ptr(), alias.shape, version, sample, sample.tobytes())
 
     def is_still(self, tensor: Tensor) -> bool:
@@ -70,13 +69,13 @@ class Source:
         )
 
 
-def _bytes_spread_over(tensor: Tensor, places: int, in_a_row: int) -> memoryview:
+def _bytes_spread_over(tensor: Tensor) -> memoryview:
     """The memory of so many places of a tensor on the CPU, as it lies; of a small one or one with gaps, of all."""
     reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     dense = reach == tensor.numel() - 1  # in any order, such as channels last
-    spare = tensor.numel() - in_a_row
-    if dense and spare > (places - 1) * in_a_row:
-        tensor = tensor.as_strided((places, in_a_row), (spare // (places - 1), 1))
+    spare = tensor.numel() - IN_A_ROW
+    if dense and spare > (PLACES - 1) * IN_A_ROW:
+        tensor = tensor.as_strided((PLACES, IN_A_ROW), (spare // (PLACES - 1), 1))
     alike = BITS.get(tensor.itemsize)  # NumPy has no bfloat16
     tensor = tensor if alike is None else tensor.view(alike)
     # As another storage of the same memory: that of an array can never be resized again, as sharding does.
@@ -172,15 +171,25 @@ class Composed:
 
 @dataclass(frozen=True, slots=True)
 class Derived:
-    """What one frozen tensor gives, such as its norm.
+    """What one frozen weight [o, i, …] gives, such as its norm.
 
     Attributes:
-        source: the tensor.
+        sources: the weight, and a value of each of its channels on either side: nothing else would notice a filter that
+            was overwritten.
         values: by name and whatever else they depend on.
     """
 
-    source: Source
+    sources: tuple[Source, ...]
     values: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Self:
+        """Nothing yet of the weight as it is now."""
+        return cls(tuple(Source.of(each) for each in _with_channels(weight)))
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether the weight is what it was."""
+        return all(source.is_still(each) for source, each in zip(self.sources, _with_channels(weight), strict=True))
 
     def get(self, key: Any, make: Callable[[], T]) -> T:
         """The value of this name, made when first asked for."""
@@ -189,6 +198,12 @@ class Derived:
                 self.values[key] = make()
         found: T = self.values[key]
         return found
+
+
+def _with_channels(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    first = (slice(0, 1),) * (weight.ndim - 2)
+    # Two of the other side: with a gap between them, so that all are compared.
+    return weight, weight[(slice(None), slice(0, 2), *first)], weight[(slice(0, 2), slice(None), *first)]
 
 
 _STEPS = [0]

@@ -32,7 +32,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable it imports no compiler
 from torch.compiler import is_compiling
 
-from segraft.adapters.caching import Derived, Source
+from segraft.adapters.caching import Derived
 from segraft.adapters.choosing import Way, cheapest
 from segraft.adapters.composing import compose
 from segraft.adapters.convolution import Convolution
@@ -242,12 +242,12 @@ def _is_possible(way: Way, operator: Operator, edit: LowRank, x: Tensor, base: T
 
 
 def _derived(layer: nn.Module, base: Tensor) -> Derived:
-    """What W0 gives, as long as it stays what it is; nothing else would notice a filter that was overwritten."""
+    """What W0 gives, as long as it stays what it is."""
     derived = grafts_of(layer).derived
     kept = derived.get("weight")
-    if kept is None or not kept.source.is_still(base):
+    if kept is None or not kept.is_of(base):
         with torch.inference_mode(mode=False), torch.no_grad():
-            kept = derived["weight"] = Derived(Source.of(base, by_channel=True))
+            kept = derived["weight"] = Derived.of(base)
     return kept
 
 

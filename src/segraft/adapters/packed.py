@@ -1,7 +1,7 @@
 """The frozen weight of a convolution in oneDNN's own order of memory, for the gradient of the input.
 
-oneDNN brings a weight into blocks of its own each time, which takes up to a third of the time where a layer has more
-weights than activations. A frozen one is mirrored and brought in order once, at the price of another copy of it.
+oneDNN brings a weight into blocks of its own each time, which takes long where a layer has far more weights than
+activations. A frozen one is mirrored and brought in order once, at the price of another copy of it.
 """
 
 from dataclasses import dataclass
