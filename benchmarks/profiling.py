@@ -24,17 +24,17 @@ from benchmarks.variants import groups
 from segraft.atomic import replacing
 
 KINDS = {
-    "convolutions backward": r"convolution_backward|slow_conv\w*_backward",
-    "convolutions forward": r"mkldnn_convolution|_convolution|convolution|slow_conv\w*",
+    "convolutions backward": r"convolution_backward|_?slow_conv\w*_backward",
+    "convolutions forward": r"mkldnn_convolution|_?convolution|mkldnn::_convolution_pointwise|_?slow_conv\w*",
     "matrix products": r"(b?addb?)?mm|bmm|mv|dot|addmm|baddbmm|mkldnn::_linear_pointwise",
     "activations, norms of the network, pooling": (
         r"clamp_min_|threshold_backward|relu_?|leaky_relu\w*|gelu\w*|_?softmax\w*|max_pool\w*|native_\w+"
     ),
     "element-wise and sums": (
-        r"mul_?|add_?|sub_?|sum|div_?|addcmul_?|addcdiv_?|where|masked_fill_|eq|ne|abs|gt|neg|sqrt|square|pow|lerp_|min|mean|"
+        r"mul_?|add_?|sub_?|sum|div_?|addcmul_?|addcdiv_?|where|masked_fill_|eq|ne|abs|gt|neg_?|sqrt|square|pow|lerp_|min|mean|"
         r"linalg_vector_norm"
     ),
-    "copies and fills": r"copy_|fill_|zero_|clone|cat|contiguous",
+    "copies and fills": r"copy_|fill_|zero_|clone|cat|contiguous|flip|index",
     "between operations": r"(torch::)?autograd::.*|\w+Backward\d*|Optimizer\..*|(Adapted|Parallel|Frozen)Layer",
 }
 REST, BETWEEN, WHOLE = "views and other small ones", "between operations", "whole"

@@ -30,9 +30,22 @@ def _import(module: str):
     return importlib.import_module(f"benchmarks.{module}")
 
 
-cases, memory, overhead, ratios, report, store, subject, targets, timing, variants, bench = map(
+cases, memory, overhead, profiling, ratios, report, store, subject, targets, timing, variants, bench = map(
     _import,
-    ("cases", "memory", "overhead", "ratios", "report", "store", "subject", "targets", "timing", "variants", "run"),
+    (
+        "cases",
+        "memory",
+        "overhead",
+        "profiling",
+        "ratios",
+        "report",
+        "store",
+        "subject",
+        "targets",
+        "timing",
+        "variants",
+        "run",
+    ),
 )
 
 
@@ -387,3 +400,23 @@ class TestWhatIsMeasured:
         weights, image = 4000, 4000
         assert 3 * weights + image <= found.resident < 3 * weights + image + 1000
         assert found.peak >= found.resident + weights
+
+
+@pytest.mark.parametrize(
+    ("operation", "kind"),
+    [
+        ("aten::mkldnn_convolution", "convolutions forward"),
+        ("mkldnn::_convolution_pointwise", "convolutions forward"),
+        ("aten::_slow_conv2d_forward", "convolutions forward"),
+        ("aten::_slow_conv2d_backward", "convolutions backward"),
+        ("aten::convolution_backward", "convolutions backward"),
+        ("mkldnn::_linear_pointwise", "matrix products"),
+        ("aten::native_batch_norm_backward", "activations, norms of the network, pooling"),
+        ("aten::copy_", "copies and fills"),
+        ("aten::neg_", "element-wise and sums"),
+        ("AdaptedLayerBackward", "between operations"),
+        ("aten::as_strided", "views and other small ones"),
+    ],
+)
+def test_operations_of_a_profile_are_told_apart(operation, kind):
+    assert profiling.kind(operation) == kind

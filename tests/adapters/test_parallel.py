@@ -64,11 +64,11 @@ def test_at_the_start_the_output_is_the_bases_bit_for_bit(make, shape, bias, met
     assert torch.equal(y, plain(x))
 
 
-@given(st.integers(0, 10_000), st.sampled_from([1e-30, 1e-3, 1.0, 1e3]), st.booleans())
+@given(st.integers(0, 10_000), st.sampled_from([1e-30, 1e-3, 1.0, 1e3]), st.booleans(), st.sampled_from([2, 40]))
 @settings(max_examples=60, deadline=None)
-def test_the_norm_is_that_of_the_composed_weight(seed, scale, zeros):
+def test_the_norm_is_that_of_the_composed_weight(seed, scale, zeros, rank):
     generator = torch.Generator().manual_seed(seed)
-    net = adapted(nn.Conv2d(3, 5, 3).double(), "dora_c")
+    net = adapted(nn.Conv2d(3, 5, 3).double(), "dora_c", rank=rank)
     edit = edit_of(net)
     with torch.no_grad():
         for factor in edit.factors():

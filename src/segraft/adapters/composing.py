@@ -4,6 +4,7 @@ For execution, outside autograd's graph; `LowRank.forward` says the same in it. 
 costs where images are small, so each is one call that keeps the weight's own memory format.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from segraft.adapters.layers import WeightSlot, channel_norm, composing_dtype
 from segraft.adapters.narrow import correlation, wide_product
-from segraft.adapters.products import product, served_product, serves
-from segraft.adapters.stages import Matrices
+from segraft.adapters.products import is_traced, product, served_product, serves
+from segraft.adapters.stages import SPREAD, Matrices
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,11 @@ def compose(
         magnitude_dim: of the spec.
     """
     dtype = composing_dtype(base.dtype)
+    update = update.spread(base.shape, SPREAD)
     base, left, right = base.to(dtype), update.left.to(dtype), update.right.to(dtype)
     layout = Layout.of(base, update.held)
     if update.held:
-        delta = layout.tensor(product(left, layout.matrix(right)), base.shape)
-        # With W0 first the sum has its memory format.
-        weight = base + delta
+        weight = _sum(base, layout.tensor(product(left, layout.matrix(right)), base.shape), update.held)
     else:
         weight = layout.tensor(_sum_and_product(layout.matrix(base), left, layout.matrix(right)), base.shape)
     if m is None:
@@ -87,6 +87,20 @@ def compose(
     rows, gain = by_rows(weight, gain, dim)
     rows.mul_(gain)
     return weight, norm
+
+
+def _sum(base: Tensor, delta: Tensor, held: tuple[int, ...]) -> Tensor:
+    """Base + delta in the memory format of base; delta [o, i, *kernel] lies with the dimensions `held` before i."""
+    if base.requires_grad or delta.requires_grad or is_traced(base, delta) or not channels_first(base):
+        return base + delta
+    # Position by position, as otherwise what lies in a row together is no more than a kernel's.
+    weight = torch.empty_like(base)
+    for position in itertools.product(*(range(base.shape[d]) for d in held)):
+        at: list[slice | int] = [slice(None)] * base.ndim
+        for d, index in zip(held, position, strict=True):
+            at[d] = index
+        torch.add(base[tuple(at)], delta[tuple(at)], out=weight[tuple(at)])
+    return weight
 
 
 def _sum_and_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -126,12 +140,13 @@ def contract(
         shrink = along(shrink, update.right, 1)
         of_left, of_right = contract(gradient, replace(update, right=update.right * shrink))
         return of_left, of_right * shrink
-    layout = Layout.of(gradient, update.held)
-    matrix, right = layout.matrix(gradient), layout.matrix(update.right)
-    left = update.left if shrink is None else by_row(update.left, shrink)
+    spread = update.spread(gradient.shape, SPREAD)
+    layout = Layout.of(gradient, spread.held)
+    matrix, right = layout.matrix(gradient), layout.matrix(spread.right)
+    left = spread.left if shrink is None else by_row(spread.left, shrink)
     of_left = correlation(matrix.unsqueeze(0), right.unsqueeze(0))
-    of_right = layout.tensor(wide_product(left.t(), matrix), update.right.shape)
-    return of_left if shrink is None else by_row(of_left, shrink), of_right
+    of_right = layout.tensor(wide_product(left.t(), matrix), spread.right.shape)
+    return update.gathered(of_left if shrink is None else by_row(of_left, shrink), of_right)
 
 
 def by_row(left: Tensor, values: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ from segraft.adapters.operators import Operator
 from segraft.adapters.packed import Packed, pays_to_pack
 from segraft.adapters.parallel import ParallelLayer
 from segraft.adapters.per_channel import run_by_channel
-from segraft.adapters.stages import SPREAD, SPREAD_BESIDE, chain, matrices
+from segraft.adapters.stages import chain, matrices
 from segraft.adapters.stock import operator_of
 from segraft.errors import SegraftError
 
@@ -208,7 +208,7 @@ def _run_adapted(layer: nn.Module, x: Tensor, before: Sequence[Edit], edit: LowR
     if in_graph or not beside:
         # The matrices need no graph where only the chain takes gradients to the factors.
         with torch.set_grad_enabled(in_graph):
-            update = matrices(edit.contraction, factors, SPREAD_BESIDE if beside else SPREAD)
+            update = matrices(edit.contraction, factors)
     pair = (update.left, update.right) if update is not None and in_graph else (None, None)
     stages = links.stages if way != "weight" else ()
     kernels = links.kernels(factors) if stages else []

@@ -29,7 +29,7 @@ from segraft.adapters.kept import Kept
 from segraft.adapters.narrow import correlation, wide_product
 from segraft.adapters.passing import Pass
 from segraft.adapters.products import is_traced
-from segraft.adapters.stages import Matrices
+from segraft.adapters.stages import SPREAD, Matrices
 
 
 def norm_of_sum(base: Tensor, base_norm: Tensor, update: Matrices) -> tuple[Tensor, Tensor]:
@@ -40,10 +40,11 @@ def norm_of_sum(base: Tensor, base_norm: Tensor, update: Matrices) -> tuple[Tens
         base_norm: ‖W0‖ [o].
         update: ΔW, scaled.
     """
-    layout = Layout.of(base, update.held)
-    right = layout.matrix(update.right).unsqueeze(0)
-    h = correlation(layout.matrix(base).unsqueeze(0), right)
-    e = torch.addmm(h, update.left, correlation(right, right))
+    spread, itself = update.spread(base.shape, SPREAD), update.right.flatten(1).unsqueeze(0)
+    layout = Layout.of(base, spread.held)
+    h = correlation(layout.matrix(base).unsqueeze(0), layout.matrix(spread.right).unsqueeze(0))
+    h = h.reshape(update.left.shape)
+    e = torch.addmm(h, update.left, correlation(itself, itself))
     more = (update.left * (h + e)).view(len(base_norm), -1).sum(1)
     tiny = torch.finfo(base_norm.dtype).tiny
     new = torch.addcmul(more, base_norm, base_norm).clamp_min(0).sqrt()
@@ -53,10 +54,12 @@ def norm_of_sum(base: Tensor, base_norm: Tensor, update: Matrices) -> tuple[Tens
 
 def norm_gradients(base: Tensor, update: Matrices, e: Tensor, of_norm: Tensor) -> tuple[Tensor, Tensor]:
     """Of left and right, from that of n [o], divided by n; E [o·F, ρ] as `norm_of_sum` gave it."""
-    layout = Layout.of(base, update.held)
-    left = by_row(update.left, of_norm).t()
-    of_right = torch.addmm(wide_product(left, layout.matrix(base)), left @ update.left, layout.matrix(update.right))
-    return by_row(e, of_norm), layout.tensor(of_right, update.right.shape)
+    spread = update.spread(base.shape, SPREAD)
+    layout = Layout.of(base, spread.held)
+    weighted = wide_product(by_row(spread.left, of_norm).t(), layout.matrix(base))
+    of_left, of_right = update.gathered(by_row(e, of_norm), layout.tensor(weighted, spread.right.shape))
+    left, right = by_row(update.left, of_norm).t() @ update.left, update.right
+    return of_left, of_right + (left @ right.flatten(1)).view(right.shape)
 
 
 class ParallelLayer(torch.autograd.Function):

@@ -6,11 +6,14 @@ the activations, without the gradient of the whole weight. Both forms are derive
 are differentiable in the factors (which are small).
 """
 
+import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from segraft.adapters.formulas import KERNEL_LETTERS, Contraction
 
@@ -93,6 +96,10 @@ def chain(contraction: Contraction) -> Chain:
     return Chain(tuple(stages), tuple(equations), tuple(positions for positions, _, _ in plan), len(kernel))
 
 
+SPREAD = 96
+"""Up to this ρ, a product with zeros in it costs less than to bring a weight into the order of its factors."""
+
+
 @dataclass(frozen=True)
 class Matrices:
     """ΔW as a product of two matrices.
@@ -107,17 +114,41 @@ class Matrices:
     right: Tensor
     held: tuple[int, ...] = ()
 
+    def spread(self, weight: Sequence[int], up_to: int | None = None) -> "Matrices":
+        """The same with none held: ρ is F times as large, and `right` is there F times, zero but in one position each.
 
-SPREAD, SPREAD_BESIDE = 192, 96
-"""Up to this ρ, a product with zeros in it costs less than to bring the weight into the order of its factors: where the
-weight is composed, and where only its norm is taken."""
+        Args:
+            weight: its shape [o, i, *kernel].
+            up_to: as it is where the new ρ were larger.
+        """
+        sizes = [weight[d] for d in self.held]
+        positions, rho = math.prod(sizes), self.left.shape[1]
+        if not self.held or (up_to is not None and positions * rho > up_to):
+            return self
+        rights = []
+        for position in itertools.product(*map(range, sizes)):
+            around = [0, 0] * (len(weight) - 2)  # from the last dimension on
+            for d, size, at in zip(self.held, sizes, position, strict=True):
+                first = 2 * (len(weight) - 1 - d)
+                around[first : first + 2] = at, size - 1 - at
+            rights.append(nn.functional.pad(self.right, around))
+        return Matrices(self.left.reshape(len(self.left) // positions, positions * rho), torch.cat(rights))
+
+    def gathered(self, of_left: Tensor, of_right: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of these, from those of the same spread."""
+        if of_right.shape == self.right.shape:
+            return of_left, of_right
+        last = [d for d in range(2, of_right.ndim) if d not in self.held]
+        each = of_right.permute(0, 1, *last, *self.held).flatten(-len(self.held))
+        each = each.reshape(each.shape[-1], self.left.shape[1], *each.shape[1:])
+        found: Tensor = each.diagonal(0, 0, -1).sum(-1)
+        return of_left.reshape(self.left.shape), found.view(self.right.shape)
 
 
-def matrices(contraction: Contraction, factors: list[Tensor], spread_up_to: int = SPREAD) -> Matrices:
-    """ΔW, unscaled, as a product of two matrices that is differentiable in the factors.
+def matrices(contraction: Contraction, factors: list[Tensor]) -> Matrices:
+    """ΔW, unscaled, as a product of two matrices that is differentiable in the factors; ρ is R.
 
-    ρ is R. Where the output factor holds kernel modes (LoRA-C) either the rows count them too, or, for small ρ, ρ is
-    R·F and `right` holds the product of the other factors F times, on a diagonal over kernel positions.
+    Where the output factor holds kernel modes (LoRA-C), its rows count them too.
     """
     product = factors[-1]
     for step, factor in zip(contraction.steps[:-1], reversed(factors[1:-1]), strict=True):
@@ -129,13 +160,6 @@ def matrices(contraction: Contraction, factors: list[Tensor], spread_up_to: int 
     rank = next(letter for letter in output if letter not in "o" + KERNEL_LETTERS)
     left = rearranged(f"{output}->o{''.join(held)}{rank}", factors[0])
     product = rearranged(f"{rest}->{rank}i{''.join(others)}", product)
-    sizes = left.shape[1:-1]
-    if left.shape[-1] * sizes.numel() > spread_up_to or not held:
-        spread = dict(zip(others, product.shape[2:], strict=True))
-        right = product.reshape(*product.shape[:2], *(spread.get(letter, 1) for letter in kernel))
-        return Matrices(left.flatten(0, -2), right, tuple(2 + kernel.index(letter) for letter in held))
-    # [r, i, others] -> [F, r, i, F', others], nonzero where F = F'
-    several = product.unsqueeze(-1).expand(*product.shape, sizes.numel())
-    diagonal = torch.diag_embed(several, dim1=0, dim2=3).reshape(-1, product.shape[1], *sizes, *product.shape[2:])
-    order = [(*held, *others).index(letter) for letter in kernel]
-    return Matrices(left.flatten(1), diagonal.permute(0, 1, *(2 + position for position in order)))
+    spread = dict(zip(others, product.shape[2:], strict=True))
+    right = product.reshape(*product.shape[:2], *(spread.get(letter, 1) for letter in kernel))
+    return Matrices(left.flatten(0, -2), right, tuple(2 + kernel.index(letter) for letter in held))

@@ -1,7 +1,5 @@
 """What becomes of each layer of an adapter in PEFT: LoRA of some rank, or the whole module beside it."""
 
-import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -155,18 +153,8 @@ def _two_matrices(edit: LowRank, weight: Tensor) -> tuple[Tensor, Tensor]:
 
     Where the output factor holds kernel positions (LoRA-C), ρ counts them too.
     """
-    update = edit.matrices()
-    if not update.held:
-        return update.left, update.right.expand(-1, *weight.shape[1:])
-    sizes = [weight.shape[dim] for dim in update.held]
-    rank, positions = update.left.shape[1], math.prod(sizes)
-    right = update.right.new_zeros(positions, rank, *weight.shape[1:])
-    for place, position in enumerate(itertools.product(*map(range, sizes))):
-        at: list[slice | int] = [slice(None)] * weight.ndim
-        for dim, index in zip(update.held, position, strict=True):
-            at[dim] = slice(index, index + 1)
-        right[place][tuple(at)] = update.right
-    return update.left.reshape(-1, positions * rank), right.flatten(0, 1)
+    update = edit.matrices().spread(weight.shape)
+    return update.left, update.right.expand(-1, *weight.shape[1:])
 
 
 def _settle(plain: nn.Module, plan: Plan) -> None:
