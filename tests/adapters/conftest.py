@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from segraft.adapters import PRESETS, AdapterSpec, graft
 from segraft.adapters.graft import grafted_layers
-from segraft.adapters.grafted import grafts_of
+from segraft.adapters.grafted import base_tensor, grafts_of
 
 
 class SelfAttention(nn.Module):
@@ -143,6 +143,26 @@ def kind(request: pytest.FixtureRequest) -> LayerKind:
 def method(request: pytest.FixtureRequest) -> str:
     """Every method; may be parametrised indirectly as `kind`."""
     return request.param
+
+
+@pytest.fixture(params=["in place", "data", "load", "another object"])
+def overwrite(request: pytest.FixtureRequest) -> Callable[[nn.Module, Tensor], None]:
+    """Each way of putting new numbers in the place of the frozen weight of a net of one layer."""
+
+    def _overwrite(net: nn.Module, new: Tensor) -> None:
+        layer = net[0]
+        base = base_tensor(layer, "weight")
+        if request.param == "in place":
+            with torch.no_grad():
+                base.copy_(new)
+        elif request.param == "data":
+            base.data.copy_(new)
+        elif request.param == "load":
+            net.load_state_dict({"0.weight": new}, strict=False)
+        else:
+            layer._parameters["weight"] = nn.Parameter(new, requires_grad=False)
+
+    return _overwrite
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from segraft.adapters import AdapterSpec, activate, activated, graft, load, merge, save, ungraft
-from segraft.adapters.caching import Source
 from segraft.adapters.edits import LowRank
 from segraft.adapters.execution import execution
 from segraft.adapters.grafted import grafts_of
@@ -293,64 +292,6 @@ def test_an_adapter_taken_off_is_let_go():
     ungraft(net, "default")
     gc.collect()
     assert edit() is None
-
-
-@given(
-    st.integers(1, 40),
-    st.integers(1, 60),
-    st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64]),
-    st.sampled_from([lambda x: x, torch.t, lambda x: x[:, ::2], lambda x: x[1:]]),
-    st.integers(0, 10_000),
-)
-@settings(max_examples=100, deadline=None)
-def test_values_written_without_a_version_are_noticed(rows, columns, dtype, part, seed):
-    """All of them, however few, of any kind, in any order of memory, with gaps; of up to 512 numbers, one is enough."""
-    values = part(torch.randn(rows + 1, columns, generator=torch.Generator().manual_seed(seed)).to(dtype))
-    source = Source.of(values)
-    assert source.is_still(values)
-    values.data.mul_(2)
-    assert not source.is_still(values)
-    values.data.div_(2)
-    assert source.is_still(values)
-    if values.numel() <= 512:
-        values.data[seed % values.shape[0], seed % values.shape[1]] += 1
-        assert not source.is_still(values)
-
-
-def test_what_is_not_a_number_is_still_what_it_was():
-    values = torch.full((40, 40), torch.nan)
-    source = Source.of(values)
-    assert source.is_still(values)
-    values.data[0, 0] = 1
-    assert not source.is_still(values)
-
-
-def test_storage_that_was_looked_at_can_be_resized():
-    """As sharding does, which takes parameters apart and puts them together again."""
-    values = torch.ones(40, 40)
-    source = Source.of(values)
-    values.untyped_storage().resize_(0)
-    assert not source.is_still(values)
-
-
-def test_tensors_of_other_classes_are_looked_at():
-    class Named(torch.Tensor):
-        pass
-
-    values = torch.ones(40, 40).as_subclass(Named)
-    source = Source.of(values)
-    assert source.is_still(values)
-    values.data.mul_(2)
-    assert not source.is_still(values)
-
-
-@pytest.mark.parametrize("shape", [(), (0, 3), (1,)])
-def test_sources_of_any_shape(shape):
-    values = torch.ones(shape)
-    source = Source.of(values)
-    assert source.is_still(values)
-    values.data.fill_(2)
-    assert source.is_still(values) is (values.numel() == 0)
 
 
 def test_what_changes_nothing_changes_nothing():

@@ -91,7 +91,12 @@ def compose(
 
 def _sum(base: Tensor, delta: Tensor, held: tuple[int, ...]) -> Tensor:
     """Base + delta in the memory format of base; delta [o, i, *kernel] lies with the dimensions `held` before i."""
-    if base.requires_grad or delta.requires_grad or is_traced(base, delta) or not channels_first(base):
+    if (
+        not (base.is_cpu and channels_first(base))
+        or base.requires_grad
+        or delta.requires_grad
+        or is_traced(base, delta)
+    ):
         return base + delta
     # Position by position, as otherwise what lies in a row together is no more than a kernel's.
     weight = torch.empty_like(base)
