@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -212,16 +213,20 @@ def test_another_c_library_is_left_alone(monkeypatch):
         (("adapt", "--base", "x", "--data", "no/where", "--out", "no/where", "--recompute", "decoder"), False),
         (("predict", "no/where", "no/where", "-o", "no/where"), True),
         (("evaluate", "no/where", "--data", "no/where"), True),
+        (("study", "run", "smoke", "--data", "no/where", "--out", "no/where"), True),
+        (("study", "run", "{file}/recomputing.yaml", "--data", "no/where", "--out", "no/where"), False),
         (("inspect", "no/where"), False),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
 def test_the_commands_that_run_networks_ask_for_it_unless_memory_is_short(monkeypatch, tmp_path, command, runs):
     asked: list[bool] = []
-    for module in (train, use):
+    # The package's own `study` is the group of commands.
+    for module in (import_module("segraft.cli.study"), train, use):
         monkeypatch.setattr(module, "keep_freed_memory", lambda: asked.append(True))
     (tmp_path / "file").mkdir()
     (tmp_path / "file" / "base").write_text("")
+    (tmp_path / "file" / "recomputing.yaml").write_text("extends: smoke\ntraining: {recompute: [decoder]}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["segraft", *(word.format(file=tmp_path / "file") for word in command)])
     with pytest.raises(SystemExit) as stop:

@@ -54,7 +54,6 @@ def run(
     from segraft.studies.run import told
     from segraft.studies.running import run_study
 
-    keep_freed_memory()
     vouch(trust)
     given = {
         "data": data,
@@ -66,6 +65,8 @@ def run(
     }
     arguments = json_object(network_args, "--network-args")
     read = changed(read_study(name), given, weights=weights, base_labels=split(base_labels), arguments=arguments)
+    if not read.recomputes:  # else memory is short
+        keep_freed_memory()
     result = run_study(read, out, engine=engine, workers=workers, device=device, console=err)
     report = write_study_report(out)
     scores, _ = results_of(out)

@@ -50,6 +50,11 @@ class Run:
             raise SegraftError(f"a setting is nothing that JSON can say ({error}): correct it.") from error
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether its training recomputes activations instead of keeping them."""
+        return bool(self.identity.get("settings", {}).get("recompute"))
+
     @classmethod
     def read(cls, folder: Path) -> Self:
         """The run that a folder is of.

@@ -263,6 +263,13 @@ class Study(_Part):
             )
         return self
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether any training recomputes activations instead of keeping them."""
+        all_settings = [self.settings(arms.training, seed=0) for arms in self.arms]
+        all_settings += [base.settings() for base in self.bases.values()]
+        return any(settings.recompute for settings in all_settings)
+
     def settings(self, changes: Mapping[str, Any], *, seed: int) -> TrainingSettings:
         """Of one adaptation.
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from segraft.errors import SegraftError
-from segraft.studies.run import Outcome
+from segraft.studies.run import Outcome, Run
 
 
 def do(folder: str) -> Outcome:
@@ -29,7 +29,8 @@ def do(folder: str) -> Outcome:
             f"{folder} is not there on the machine {platform.node()}: all machines must see the study's folder and the "
             "scans under the same paths."
         )
-    keep_freed_memory()
+    if not Run.read(Path(folder)).recomputes:  # else memory is short
+        keep_freed_memory()
     return execute(Path(folder))
 
 
