@@ -10,8 +10,9 @@ from segraft.adapters import AdapterSpec, graft
 from segraft.adapters.composing import Layout, contract
 from segraft.adapters.execution import execution
 from segraft.adapters.formulas import contraction
-from segraft.adapters.stages import Matrices, matrices
+from segraft.adapters.stages import SPREAD, Matrices, matrices
 
+FUNCTIONS = {"weight": "AdaptedLayerBackward", "chain": "AdaptedLayerBackward", "parallel": "ParallelLayerBackward"}
 SHAPES = {"linear": (6, 5), "1D": (6, 5, 3), "2D": (6, 5, 3, 2), "3D": (6, 5, 2, 3, 4)}
 
 
@@ -76,9 +77,10 @@ def test_those_that_would_be_too_many_stay_as_they_are():
 
 
 @pytest.mark.parametrize("way", ["weight", "chain", "parallel"])
-@pytest.mark.parametrize("rank", [40, 70], ids=["spread to compose", "never spread"])
+@pytest.mark.parametrize("rank", [30, 40], ids=["spread", "as they are"])
 @pytest.mark.parametrize("method", ["lora_c", "dora_c"])
-def test_every_way_gives_the_composed_ones_gradients_at_large_ranks(method, rank, way):
+def test_every_way_gives_the_composed_ones_gradients_on_both_sides_of_the_limit(method, rank, way):
+    assert 3 * 30 <= SPREAD < 3 * 40
     torch.manual_seed(0)
     net = graft(nn.Sequential(nn.Conv2d(5, 6, 3, padding=1).double()), AdapterSpec(method, rank=rank))
     trained = [p for p in net.parameters() if p.requires_grad]
@@ -89,6 +91,24 @@ def test_every_way_gives_the_composed_ones_gradients_at_large_ranks(method, rank
     for each in ("composed", way):
         with execution(each):
             y = net(x)
+            assert type(y.grad_fn).__name__ == FUNCTIONS.get(each, "ConvolutionBackward0")
             found[each] = [y, *torch.autograd.grad(y.square().sum(), trained)]
     for got, want in zip(found[way], found["composed"], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("rank", [2, 40])
+@pytest.mark.parametrize("method", ["lora_c", "dora_c", "conv_dora"])
+@pytest.mark.parametrize("make", [nn.Conv2d, nn.Conv3d])
+def test_a_batch_of_gradients_at_once(make, method, rank):
+    torch.manual_seed(0)
+    net = graft(nn.Sequential(make(4, 6, 3, padding=1).double()), AdapterSpec(method, rank=rank))
+    trained = [p for p in net.parameters() if p.requires_grad]
+    x = torch.randn(2, 4, *(5, 4, 3)[: 2 if make is nn.Conv2d else 3], dtype=torch.float64)
+    with execution("weight"):
+        y = net(x)
+        gs = torch.randn(3, *y.shape, dtype=torch.float64)
+        together = torch.autograd.grad(y, trained, gs, is_grads_batched=True, retain_graph=True)
+        alone = [torch.autograd.grad(y, trained, g, retain_graph=True) for g in gs]
+    for got, want in zip(together, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(got, torch.stack(want))

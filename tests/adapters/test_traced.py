@@ -17,12 +17,14 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def net(monkeypatch) -> nn.Module:
-    """One whose weights are composed anew at each call, by a product of any size."""
+@pytest.fixture(params=[4, 40], ids=["spread", "as they are"])
+def net(request, monkeypatch) -> nn.Module:
+    """One whose weights are composed anew at each call, by a product of any size, from either form of the matrices."""
     monkeypatch.setattr(products, "ENOUGH", 1)
     torch.manual_seed(0)
-    net = graft(nn.Sequential(nn.Conv2d(8, 12, 3), nn.ReLU(), nn.Conv2d(12, 8, 1)), AdapterSpec("dora_c", rank=4))
+    net = graft(
+        nn.Sequential(nn.Conv2d(8, 12, 3), nn.ReLU(), nn.Conv2d(12, 8, 1)), AdapterSpec("dora_c", rank=request.param)
+    )
     with torch.no_grad():
         for layer in (net[0], net[2]):
             layer.segraft["default"]["weight"].B.normal_(0, 0.1)
@@ -48,8 +50,15 @@ def counted(net: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
+def pushed_forward(net: nn.Module, x: Tensor) -> Tensor:
+    values = dict(net.named_parameters())
+    y: Tensor = torch.func.jvp(lambda given: torch.func.functional_call(net, given, (x,)), (values,), (values,))[0]
+    return y
+
+
 TRACED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "vmap": vmapped,
+    "jvp": pushed_forward,
     "compiled": compiled,
     "exported": lambda net, x: torch.export.export(net, (x,)).module()(x),
     "fx": lambda net, x: make_fx(net, tracing_mode="real")(x)(x),

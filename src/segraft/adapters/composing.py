@@ -91,12 +91,8 @@ def compose(
 
 def _sum(base: Tensor, delta: Tensor, held: tuple[int, ...]) -> Tensor:
     """Base + delta in the memory format of base; delta [o, i, *kernel] lies with the dimensions `held` before i."""
-    if (
-        not (base.is_cpu and channels_first(base))
-        or base.requires_grad
-        or delta.requires_grad
-        or is_traced(base, delta)
-    ):
+    differentiated = base.requires_grad or delta.requires_grad
+    if differentiated or not (base.is_cpu and channels_first(base)) or is_traced(base, delta):
         return base + delta
     # Position by position, as otherwise what lies in a row together is no more than a kernel's.
     weight = torch.empty_like(base)

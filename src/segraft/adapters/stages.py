@@ -6,14 +6,13 @@ the activations, without the gradient of the whole weight. Both forms are derive
 are differentiable in the factors (which are small).
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from segraft.adapters.formulas import KERNEL_LETTERS, Contraction
 
@@ -119,28 +118,29 @@ class Matrices:
 
         Args:
             weight: its shape [o, i, *kernel].
-            up_to: as it is where the new ρ were larger.
+            up_to: a limit of the new ρ, above which they are left as they are.
         """
         sizes = [weight[d] for d in self.held]
-        positions, rho = math.prod(sizes), self.left.shape[1]
-        if not self.held or (up_to is not None and positions * rho > up_to):
+        positions, (rho, inputs, *_) = math.prod(sizes), self.right.shape
+        if not self.held or (up_to is not None and positions > 1 and positions * rho > up_to):
             return self
-        rights = []
-        for position in itertools.product(*map(range, sizes)):
-            around = [0, 0] * (len(weight) - 2)  # from the last dimension on
-            for d, size, at in zip(self.held, sizes, position, strict=True):
-                first = 2 * (len(weight) - 1 - d)
-                around[first : first + 2] = at, size - 1 - at
-            rights.append(nn.functional.pad(self.right, around))
-        return Matrices(self.left.reshape(len(self.left) // positions, positions * rho), torch.cat(rights))
+        others = [d for d in range(2, len(weight)) if d not in self.held]
+        several = self.right.reshape(rho, inputs, *(self.right.shape[d] for d in others), 1)
+        several = several.expand(*several.shape[:-1], positions)
+        # [F, ρ, i, F, others], zero but where F = F
+        diagonal = torch.diag_embed(several, dim1=0, dim2=3).reshape(-1, inputs, *sizes, *several.shape[2:-1])
+        order = [(*self.held, *others).index(d) for d in range(2, len(weight))]
+        right = diagonal.permute(0, 1, *(2 + position for position in order))
+        return Matrices(self.left.reshape(len(self.left) // positions, positions * rho), right)
 
     def gathered(self, of_left: Tensor, of_right: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of these, from those of the same spread."""
+        """Gradients of these, from those of the same spread, or as they are."""
         if of_right.shape == self.right.shape:
             return of_left, of_right
-        last = [d for d in range(2, of_right.ndim) if d not in self.held]
-        each = of_right.permute(0, 1, *last, *self.held).flatten(-len(self.held))
-        each = each.reshape(each.shape[-1], self.left.shape[1], *each.shape[1:])
+        positions = math.prod(of_right.shape[d] for d in self.held)
+        others = [d for d in range(2, of_right.ndim) if d not in self.held]
+        each = of_right.permute(0, 1, *others, *self.held)
+        each = each.reshape(positions, *self.right.shape[:2], *(of_right.shape[d] for d in others), positions)
         found: Tensor = each.diagonal(0, 0, -1).sum(-1)
         return of_left.reshape(self.left.shape), found.view(self.right.shape)
 
@@ -160,6 +160,6 @@ def matrices(contraction: Contraction, factors: list[Tensor]) -> Matrices:
     rank = next(letter for letter in output if letter not in "o" + KERNEL_LETTERS)
     left = rearranged(f"{output}->o{''.join(held)}{rank}", factors[0])
     product = rearranged(f"{rest}->{rank}i{''.join(others)}", product)
-    spread = dict(zip(others, product.shape[2:], strict=True))
-    right = product.reshape(*product.shape[:2], *(spread.get(letter, 1) for letter in kernel))
+    sizes = dict(zip(others, product.shape[2:], strict=True))
+    right = product.reshape(*product.shape[:2], *(sizes.get(letter, 1) for letter in kernel))
     return Matrices(left.flatten(0, -2), right, tuple(2 + kernel.index(letter) for letter in held))
