@@ -31,13 +31,13 @@ Generated from {sources} by `python -m benchmarks.report`; `make bench` measures
   fixed number of threads, each round in another order. A ratio is taken within each round; shown are the median over
   the rounds and, in brackets, the quartiles.
 - *evaluation / base*: the forward pass of the unmerged network without gradients by that of the plain network, which
-  runs beside it each time, by turns before and after (in runs of before, once in each round).
+  runs beside it each time, by turns before and after.
 - *memory*: peak of a step, counted from before the network was built: parameters, gradients, optimiser, activations.
   On a CPU it is summed from PyTorch's own allocations, as its profiler records them in a step outside the timing;
   scratch space that oneDNN takes by itself is not in it. On a GPU it is the allocator's peak.
 - Peers adapt every layer that they support; what they leave out is said in the row. α = 2·R everywhere.
-- Sections on one processor differ in how memory is taken: Segraft's commands keep it and ask for huge pages, as in the
-  first; "How memory is taken", at the end, tells what that brings.
+- On a CPU memory is taken as Segraft's commands take it: kept, and in huge pages. "How memory is taken", at the end,
+  tells what that brings.
 """
 
 

@@ -54,8 +54,9 @@ class Timed(StrEnum):
     EVALUATION = "evaluation"
 
     def of(self, group: Group) -> str:
-        """Under which name a run of the group goes into the file."""
-        return group.name if self == Timed.ALL else f"{group.name}, {self}"
+        """Under which name a run of the group goes into the file: with what was timed, where it is not all there is."""
+        whole = self == Timed.ALL or (self == Timed.STEPS and not group.evaluated)
+        return group.name if whole else f"{group.name}, {self}"
 
 
 def measure(case: Case, group: Group, rounds: int | None, device: torch.device, timed: Timed) -> dict[str, Any]:

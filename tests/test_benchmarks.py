@@ -248,6 +248,11 @@ class TestRun:
         assert {what for what in ("step", "evaluation") if mine.get(what)} == held
         assert mine["memory"]["peak"] > 0
 
+    @pytest.mark.parametrize("name", ["references", "options"])
+    def test_where_only_steps_are_timed_anyway_their_name_says_nothing_more(self, name):
+        (group,) = (each for each in variants.groups(cases.by_name("cpu")["tiny-2d"], [4]) if each.name == name)
+        assert bench.Timed.STEPS.of(group) == bench.Timed.ALL.of(group) == name
+
 
 class TestOverhead:
     def test_layers_and_their_arithmetic_are_told_apart(self, monkeypatch):
