@@ -127,7 +127,7 @@ class Matrices:
         others = [d for d in range(2, len(weight)) if d not in self.held]
         several = self.right.reshape(rho, inputs, *(self.right.shape[d] for d in others), 1)
         several = several.expand(*several.shape[:-1], positions)
-        # [F, ρ, i, F, others], zero but where F = F
+        # [F, ρ, i, F, others], zero but where both are the same position
         diagonal = torch.diag_embed(several, dim1=0, dim2=3).reshape(-1, inputs, *sizes, *several.shape[2:-1])
         order = [(*self.held, *others).index(d) for d in range(2, len(weight))]
         right = diagonal.permute(0, 1, *(2 + position for position in order))
